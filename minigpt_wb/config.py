@@ -9,14 +9,14 @@ __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', '
            'shown', 'plain', 'validated', 'error_line', 'write_atomically', 'flag', 'canonical', 'note',
            'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
            'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'take', 'typed_flags',
-           'own_names', 'split_flags', 'from_flags', 'find_root']
+           'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
-import dataclasses, difflib, json, math, os, re
+import dataclasses, difflib, inspect, json, math, os, re, sys
 from collections.abc import Iterator
-from dataclasses import field, fields, is_dataclass
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -44,9 +44,9 @@ class ModelConfig:
     head_dim: Count | None = None           # width of one head, d_model / n_head when not given
     context_length: Count = 256             # longest sequence, tokens
     vocab_size: Count | None = None         # number of ids, the tokenizer's when not given
-    position: Literal["learned", "rotary"] = "learned"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    position: Literal["learned", "rotary"] = "learned"  # how a token knows where it stands
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, before the MLP, before the head
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"  # of the MLP
     bias: bool = True                       # biases in linear layers and in LayerNorm
     tie_embeddings: bool = True             # the head is the token embedding
     qk_norm: bool = False                   # RMSNorm of queries and keys, per head
@@ -54,7 +54,7 @@ class ModelConfig:
     norm_eps: Positive = 1e-5               # added to the variance in norms
     dropout: Share = 0.0                    # probability of dropping an activation
     init_std: Positive = 0.02               # standard deviation of the initial weights
-    attention: Literal["auto", "sdpa", "explicit"] = "auto"
+    attention: Literal["auto", "sdpa", "explicit"] = "auto"  # torch's kernel, or softmax spelt out
     activation_checkpointing: bool = False  # recompute blocks in backward: less memory, a third more time
     model_fn: str | None = None             # your own model: module:function(ModelConfig) -> Module
 
@@ -100,12 +100,12 @@ class CorpusConfig:
 class OptimConfig:
     "AdamW and its learning-rate schedule"
     learning_rate: Positive = 1e-3          # peak
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     warmup_steps: Whole = 100               # steps from 0 to the peak
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1  # final / peak
     weight_decay: Amount = 0.1              # of matrices; vectors are not decayed
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    adam_eps: Positive = 1e-8
+    betas: tuple[Share, Share] = (0.9, 0.95)  # of Adam's two moving averages
+    adam_eps: Positive = 1e-8               # added to the root of the second moment
     max_grad_norm: Amount = 1.0             # gradients are scaled down to this norm; 0 never
 
 
@@ -119,20 +119,20 @@ class TrainingConfig:
     max_steps: Count | None = 600           # optimiser steps
     epochs: Positive | None = None          # passes over the training windows
     train_tokens: Count | None = None       # tokens
-    seed: Whole = 1337
-    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    seed: Whole = 1337                      # of initial weights, order and dropout
+    device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else Apple's, else CPU
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
     compile: Literal["auto", "off", "head", "model"] = "auto"  # the output head with its loss, or the whole model
     timeout_s: Positive = 120.0             # how long a rank waits for the others
     log_every: Count = 10                   # steps between log lines
-    log_level: Literal["info", "debug"] = "info"
-    eval_every: Every = 200
+    log_level: Literal["info", "debug"] = "info"  # debug adds the norm of every gradient
+    eval_every: Every = 200                 # steps or "1 epoch" between evaluations; 0 only at the end
     eval_tokens: Count | None = None        # validation tokens of an evaluation on the way; the final one takes all
-    save_every: Every = 500
+    save_every: Every = 500                 # steps or "1 epoch" between checkpoints; 0 only at the end
     keep_last: Count = 3                    # checkpoints kept, besides the best
     patience: Count | None = None           # stop after so many evaluations without a better loss
     min_delta: Amount = 0.0                 # how much lower counts as better, nats per token
-    tensorboard: bool = True
+    tensorboard: bool = True                # write curves and samples to tb/
 
     def __post_init__(self):
         for name in ("eval_every", "save_every"): every_steps(getattr(self, name), steps_per_epoch=1, name=name)
@@ -141,12 +141,12 @@ class TrainingConfig:
 @section
 class SamplingConfig:
     "The text written while training"
-    sample_every: Every = 0
-    sample_prompt: str = "\n"
-    max_new_tokens: Count = 200
+    sample_every: Every = 0                 # steps or "1 epoch" between samples; 0 never
+    sample_prompt: str = "\n"               # what a sample goes on from
+    max_new_tokens: Count = 200             # length of a sample, tokens
     temperature: Amount = 0.8               # 0 is greedy
-    top_k: Count | None = 50
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count | None = 50                # draw from so many likeliest tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # draw from the likeliest that make up this probability
 
     def __post_init__(self): every_steps(self.sample_every, steps_per_epoch=1, name="sample_every")
 
@@ -291,6 +291,7 @@ TURNED = {  # a name whose value changes too -> the leaves that it gives
     "adam_beta1":     lambda v, seen: {"betas": (float(v), float(seen.get("adam_beta2", 0.95)))},
     "adam_beta2":     lambda v, seen: {"betas": (float(seen.get("adam_beta1", 0.9)), float(v))},
     "use_rotary_emb": lambda v, seen: {"position": "rotary" if flag(v) else "learned"},
+    "compile":        lambda v, seen: {"compile": {"True": "model", "False": "off"}.get(str(v), v)},
     "device_id":      lambda v, seen: {"gpus": f"{v},"},
 }
 IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters gradient_as_bucket_view save_optimizer
@@ -317,7 +318,6 @@ def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, 
 
 def note(text: str) -> None:
     "Say something once on the error channel, without a source line"
-    import sys
     print(f"minigpt: {text}", file=sys.stderr, flush=True)
 
 # %% ../nbs/00_config.ipynb #75f09a40
@@ -438,7 +438,7 @@ def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     for word in words:
         name, eq, value = word.removeprefix("--").partition("=")
         key = name.replace("-", "_")
-        if not word.startswith("--") or key in leaf_names(): out.append(word)
+        if not word.startswith("--") or (key in leaf_names() and key not in TURNED): out.append(word)
         elif key in ("fp16", "no_fp16", "use_amp", "use_rotary_emb") and not eq: turned[key] = True
         elif key in TURNED or key in IGNORED: turned[key] = value if eq else next(words, None)
         else: out.append("--" + ALIASES.get(key, key).replace("_", "-") + eq + value if key in ALIASES else word)
@@ -456,17 +456,30 @@ def split_flags(argv: list[str], entry: dict[str, str]) -> tuple[dict[str, str],
         found[key] = value
     return found, rest
 
+def comments(cls: type) -> dict[str, str]:
+    "The comment beside each field of a section, by name"
+    try: source = inspect.getsource(cls)
+    except OSError: return {}  # a class made in a cell has no source file
+    return dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
+
+def unchecked(part: Any) -> Any:
+    "A section's values in a plain dataclass of the same fields: tyro parses the types, `override` checks the values and has the better words"
+    import tyro
+    hints, said = get_type_hints(type(part)), comments(type(part))
+    parts = [(f.name, Annotated[hints[f.name], tyro.conf.arg(help=said.get(f.name, ""))], field(default=getattr(part, f.name))) for f in fields(part)]
+    return dataclasses.make_dataclass(type(part).__name__, parts, namespace={"__doc__": type(part).__doc__})()
+
 def from_flags(argv: list[str], cfg: RunConfig, prog: str = "minigpt", description: str = "") -> RunConfig:
     "`cfg` with the flags in `argv` laid over it; `--help` shows every setting with its value in `cfg`"
     import tyro
     argv, turned = own_names(argv)
-    known = leaf_names()
-    for name in typed_flags(argv):
-        if name not in known and name != "help": canonical({name: None})
-    Flags = Annotated[RunConfig, tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff]
-    parsed = tyro.cli(Flags, args=argv, default=cfg, prog=prog, description=description)
-    given = {n: parsed[n] for n in typed_flags(argv) if n in known}
-    return cfg.override(**given, **turned) if given or turned else cfg
+    typed = typed_flags(argv)
+    canonical(dict.fromkeys(n for n in typed if n != "help"))
+    parts = {f.name: unchecked(getattr(cfg, f.name)) for f in fields(cfg)}
+    Flags = dataclasses.make_dataclass("Flags", [(n, type(p), field(default_factory=lambda p=p: p)) for n, p in parts.items()])
+    parsed = tyro.cli(Flags, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
+    given = {n: getattr(getattr(parsed, section_of(n)), n) for n in typed} | turned
+    return cfg.override(**given) if given else cfg
 
 # %% ../nbs/00_config.ipynb #f4d0f439
 def find_root(start: str | Path | None = None) -> Path:
