@@ -12,7 +12,8 @@ __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', '
            'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
-import dataclasses, difflib, inspect, json, math, os, re, sys
+import dataclasses, difflib, inspect, json, os, re, sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import field, fields
 from pathlib import Path
@@ -38,9 +39,9 @@ class ModelConfig:
     "The shape of a GPT; `None` means derived from the other numbers"
     n_layer: Count = 4                      # transformer blocks
     n_head: Count = 4                       # query heads
-    n_kv_head: Count | None = None          # key and value heads, n_head when not given; fewer is grouped-query attention
+    n_kv_head: Count | None = None          # key and value heads, n_head when not given
     d_model: Count = 128                    # width of the residual stream
-    d_ff: Count | None = None               # width of the MLP: 4 d_model, or 8/3 d_model rounded up to 64 for swiglu
+    d_ff: Count | None = None               # width of the MLP, 4 d_model (8/3 for swiglu) when not given
     head_dim: Count | None = None           # width of one head, d_model / n_head when not given
     context_length: Count = 256             # longest sequence, tokens
     vocab_size: Count | None = None         # number of ids, the tokenizer's when not given
@@ -60,14 +61,17 @@ class ModelConfig:
 
     def __post_init__(self):
         if self.head_dim is None and self.d_model % self.n_head:
-            lower, upper = self.d_model // self.n_head * self.n_head, -(-self.d_model // self.n_head) * self.n_head
-            near = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ValueError(f"n_head={self.n_head} does not divide d_model={self.d_model}: pick d_model {near}")
+            lower = self.d_model // self.n_head * self.n_head
+            near = f"{lower} or {lower + self.n_head}" if lower else f"{self.n_head}"
+            raise ValueError(f"n_head={self.n_head} does not divide d_model={self.d_model}: "
+                             f"pick d_model {near}")
         if self.n_head % self.kv_heads:
             divisors = [k for k in range(1, self.n_head + 1) if self.n_head % k == 0]
-            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: pick one of {divisors}")
+            raise ValueError(f"n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: "
+                             f"pick one of {divisors}")
         if self.position == "rotary" and self.head_width % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}: change d_model, n_head or head_dim")
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_width}: "
+                             "change d_model, n_head or head_dim")
 
     @property
     def kv_heads(self) -> int: return self.n_kv_head or self.n_head
@@ -82,7 +86,7 @@ class ModelConfig:
 @section
 class CorpusConfig:
     "Where the text comes from, how it is split and turned into ids"
-    data: str = "stdlib"                    # stdlib, toy, a path or glob, hf:NAME[:CONFIG], or a folder already tokenised
+    data: str = "stdlib"                    # stdlib, toy, a path, a glob, hf:NAME[:CONFIG], module:function
     text_column: str = "text"               # column of jsonl, parquet, csv and Hugging Face data sets
     hf_split: str = "train"                 # split of a Hugging Face data set
     val_fraction: Share = 0.1               # share of the documents kept for validation; 0 trains without
@@ -93,7 +97,8 @@ class CorpusConfig:
     errors: Literal["strict", "replace", "ignore"] = "strict"  # bytes that are not UTF-8
 
     def __post_init__(self):
-        if not self.data.strip(): raise ValueError("data is empty: give stdlib, toy, a path, a glob or hf:NAME")
+        if self.data.strip(): return
+        raise ValueError("data is empty: give stdlib, toy, a path, a glob or hf:NAME")
 
 
 @section
@@ -112,22 +117,22 @@ class OptimConfig:
 @section
 class TrainingConfig:
     "How much is trained, on what, and how often something is said"
-    objective: str = "next_token"           # next_token, or your own: module:function(model, tokens, targets) -> (sum, count)
+    objective: str = "next_token"           # next_token, or your own loss: module:function
     batch_size: Count = 16                  # sequences per GPU per micro-step
     grad_accum_steps: Count = 1             # micro-steps per optimiser step
-    global_batch_size: Count | None = None  # sequences per optimiser step over all GPUs; sets the accumulation when given
+    global_batch_size: Count | None = None  # sequences per optimiser step over all GPUs
     max_steps: Count | None = 600           # optimiser steps
     epochs: Positive | None = None          # passes over the training windows
     train_tokens: Count | None = None       # tokens
     seed: Whole = 1337                      # of initial weights, order and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else Apple's, else CPU
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; weights stay float32
-    compile: Literal["auto", "off", "head", "model"] = "auto"  # the output head with its loss, or the whole model
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
+    compile: Literal["auto", "off", "head", "model"] = "auto"  # what torch.compile gets: head and loss, or all
     timeout_s: Positive = 120.0             # how long a rank waits for the others
     log_every: Count = 10                   # steps between log lines
     log_level: Literal["info", "debug"] = "info"  # debug adds the norm of every gradient
     eval_every: Every = 200                 # steps or "1 epoch" between evaluations; 0 only at the end
-    eval_tokens: Count | None = None        # validation tokens of an evaluation on the way; the final one takes all
+    eval_tokens: Count | None = None        # tokens of an evaluation on the way; the final one takes all
     save_every: Every = 500                 # steps or "1 epoch" between checkpoints; 0 only at the end
     keep_last: Count = 3                    # checkpoints kept, besides the best
     patience: Count | None = None           # stop after so many evaluations without a better loss
@@ -135,7 +140,7 @@ class TrainingConfig:
     tensorboard: bool = True                # write curves and samples to tb/
 
     def __post_init__(self):
-        for name in ("eval_every", "save_every"): every_steps(getattr(self, name), steps_per_epoch=1, name=name)
+        for name in ("eval_every", "save_every"): every_steps(getattr(self, name), 1, name)
 
 
 @section
@@ -148,7 +153,7 @@ class SamplingConfig:
     top_k: Count | None = 50                # draw from so many likeliest tokens
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # draw from the likeliest that make up this probability
 
-    def __post_init__(self): every_steps(self.sample_every, steps_per_epoch=1, name="sample_every")
+    def __post_init__(self): every_steps(self.sample_every, 1, "sample_every")
 
 
 def every_steps(every: int | str, steps_per_epoch: float, name: str = "every") -> int:
@@ -172,8 +177,9 @@ class RunConfig:
     @classmethod
     def preset(cls, name: str) -> "RunConfig":
         "The full config of a named preset"
-        if name not in PRESETS: raise ValueError(f"preset {name!r} is not known{did_you_mean(name, PRESETS)}: pick one of {', '.join(PRESETS)}")
-        return PRESETS[name]()
+        if name in PRESETS: return PRESETS[name]()
+        raise ValueError(f"preset {name!r} is not known{did_you_mean(name, PRESETS)}: "
+                         f"pick one of {', '.join(PRESETS)}")
 
     @classmethod
     def load(cls, path: str | Path) -> "RunConfig":
@@ -181,9 +187,9 @@ class RunConfig:
         return resolve(config=path)
 
     def override(self, **values: Any) -> "RunConfig":
-        "A copy with leaves replaced by bare name; of max_steps, epochs and train_tokens, giving one clears the others"
+        "A copy with leaves replaced; of max_steps, epochs and train_tokens, giving one clears the others"
         values = canonical(values)
-        if given := [n for n in LENGTHS if values.get(n) is not None]: values = dict.fromkeys(LENGTHS) | values
+        if any(values.get(n) is not None for n in LENGTHS): values = dict.fromkeys(LENGTHS) | values
         elif any(n in values for n in LENGTHS) and all(values.get(n, self[n]) is None for n in LENGTHS):
             raise ValueError("nothing says how long to train: give one of max_steps, epochs and train_tokens")
         tree = self.tree()
@@ -216,9 +222,9 @@ class RunConfig:
         return {n: (mine[n], theirs[n]) for n in mine if mine[n] != theirs[n]}
 
     def _repr_markdown_(self) -> str:
-        rows = "\n".join(f"| {part} | " + ", ".join(f"`{n}` {shown(v)}" for n, v in leaves.items() if v is not None) + " |"
-                         for part, leaves in self.tree().items())
-        return f"| section | settings |\n|---|---|\n{rows}"
+        lines = {part: ", ".join(f"`{n}` {shown(v)}" for n, v in leaves.items() if v is not None)
+                 for part, leaves in self.tree().items()}
+        return "| section | settings |\n|---|---|\n" + "\n".join(f"| {k} | {v} |" for k, v in lines.items())
 
 # %% ../nbs/00_config.ipynb #9cc23329
 LENGTHS = ("max_steps", "epochs", "train_tokens")
@@ -237,7 +243,8 @@ def did_you_mean(name: str, known) -> str:
 
 def shown(value: Any) -> str:
     "A leaf's value for a table or a log line: no line breaks, no bars"
-    return (repr(value) if isinstance(value, str) and (not value or value.strip() != value) else str(value)).replace("|", "\\|")
+    blank = isinstance(value, str) and value.strip() != (value or None)
+    return (repr(value) if blank else str(value)).replace("|", "\\|")
 
 def plain(value: Any) -> Any:
     "Tuples as lists, for YAML and JSON"
@@ -247,7 +254,8 @@ def plain(value: Any) -> Any:
 def validated(cls: type, values: dict[str, Any]) -> Any:
     "`cls` from plain values; a pydantic error becomes one line for each wrong value: given, expected"
     try: return TypeAdapter(cls).validate_python(values)
-    except ValidationError as e: raise ValueError("\n".join(dict.fromkeys(error_line(x) for x in e.errors()))) from None
+    except ValidationError as e: lines = dict.fromkeys(error_line(x) for x in e.errors())
+    raise ValueError("\n".join(lines))
 
 def error_line(error: dict) -> str:
     if error["type"] == "value_error": return str(error["ctx"]["error"])
@@ -266,15 +274,18 @@ def write_atomically(path: Path, text: str) -> None:
 # %% ../nbs/00_config.ipynb #6142be65
 ALIASES = {new: old for old, news in {
     "n_layer": "n_layers depth num_layers num_hidden_layers", "n_head": "n_heads heads num_attention_heads",
-    "n_kv_head": "num_key_value_heads", "d_model": "dim n_embd hidden_size", "d_ff": "mlp_dim intermediate_size",
-    "head_dim": "dim_head", "context_length": "block_size max_seq_len seq_len sequence_length max_position_embeddings max_seq_length",
+    "n_kv_head": "num_key_value_heads", "d_model": "dim n_embd hidden_size",
+    "d_ff": "mlp_dim intermediate_size", "head_dim": "dim_head",
+    "context_length": "block_size max_seq_len seq_len sequence_length max_position_embeddings max_seq_length",
     "tie_embeddings": "tie_word_embeddings", "activation_checkpointing": "gradient_checkpointing",
-    "data": "dataset_path data_dir data_path dataset_name custom_text", "val_fraction": "val_split", "tokenizer": "tokenizer_name",
-    "corpus_documents": "num_documents", "corpus_tokens": "max_tokens_total",
+    "data": "dataset_path data_dir data_path dataset_name custom_text", "val_fraction": "val_split",
+    "tokenizer": "tokenizer_name", "corpus_documents": "num_documents",
     "batch_size": "micro_batch_size", "grad_accum_steps": "gradient_accumulation_steps grad_accum_nums",
-    "max_steps": "max_iters", "epochs": "num_epochs", "warmup_steps": "warmup_iters", "max_grad_norm": "grad_clip",
+    "max_steps": "max_iters", "epochs": "num_epochs", "warmup_steps": "warmup_iters",
+    "max_grad_norm": "grad_clip",
     "adam_eps": "adam_epsilon", "learning_rate": "lr", "max_new_tokens": "max_length max_tokens gen_length",
-    "log_every": "log_interval", "eval_every": "eval_interval", "save_every": "save_interval", "sample_every": "sample_interval",
+    "log_every": "log_interval", "eval_every": "eval_interval", "save_every": "save_interval",
+    "sample_every": "sample_interval",
     "run_name": "experiment_name", "runs_dir": "out_dir save_dir checkpoint_dir output_dir",
 }.items() for new in news.split()}
 
@@ -284,7 +295,7 @@ def flag(value: Any) -> bool:
 
 TURNED = {  # a name whose value changes too -> the leaves that it gives
     "train_split":    lambda v, seen: {"val_fraction": round(1 - float(v), 9)},
-    "min_lr":         lambda v, seen: {"min_lr_ratio": float(v) / float(seen.get("learning_rate", seen.get("lr", math.nan)))},
+    "min_lr":         lambda v, seen: {"min_lr_ratio": float(v) / float(seen.get("learning_rate", seen.get("lr")))},
     "use_amp":        lambda v, seen: {"dtype": seen.get("amp_dtype", "auto") if flag(v) else "float32"},
     "fp16":           lambda v, seen: {"dtype": "float16" if flag(v) else "float32"},
     "no_fp16":        lambda v, seen: {"dtype": "float32" if flag(v) else "float16"},
@@ -294,27 +305,28 @@ TURNED = {  # a name whose value changes too -> the leaves that it gives
     "compile":        lambda v, seen: {"compile": {"True": "model", "False": "off"}.get(str(v), v)},
     "device_id":      lambda v, seen: {"gpus": f"{v},"},
 }
-IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters gradient_as_bucket_view save_optimizer
-    use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir use_flash_attention attention_backend empty_cache_interval
-    amp_dtype optimizer deterministic world_size rank use_distributed model_type enabled always_save_checkpoint eval_iters
-    eval_steps num_samples generate_samples hf_token tags""".split())
+IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters save_optimizer
+    gradient_as_bucket_view use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir
+    use_flash_attention attention_backend empty_cache_interval amp_dtype optimizer deterministic world_size rank
+    use_distributed model_type enabled always_save_checkpoint eval_iters eval_steps num_samples
+    generate_samples hf_token tags""".split())
 ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
 
 def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, Any]:
-    "Leaves (and `entry` arguments) by our names; an unknown name is a ValueError that says what was probably meant"
+    "Leaves (and `entry` arguments) by our names; an unknown name is a ValueError that says what was meant"
     out, unknown, without = {}, [], []
     for name, value in values.items():
         key = name.replace("-", "_")
         for new, v in (TURNED[key](value, values) if key in TURNED else {ALIASES.get(key, key): value}).items():
             if new in leaf_names() or new in entry: out[new] = v
-            elif new in IGNORED: without.append(name)
-            elif new not in ENTRY: unknown.append(name)
-            else: raise ValueError(f"{name} is an argument of the command or notebook, not a setting: give it there")
+            elif new in ENTRY: raise ValueError(f"{name} is an argument of the command, not a setting: give it there")
+            else: (without if new in IGNORED else unknown).append(name)
     if unknown:
         known = [*leaf_names(), *ALIASES, *TURNED, *entry]
-        raise ValueError("\n".join(f"{n!r} is not a setting{did_you_mean(n, known)}: `minigpt train --help` lists them" for n in unknown))
+        raise ValueError("\n".join(f"{n!r} is not a setting{did_you_mean(n, known)}: "
+                                   "`minigpt train --help` lists them" for n in unknown))
     if without: note(f"accepted without effect: {', '.join(sorted(without))}")
-    return TypeAdapter(dict[str, Any]).validate_python(out)
+    return out
 
 def note(text: str) -> None:
     "Say something once on the error channel, without a source line"
@@ -330,17 +342,18 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import yaml
     path = Path(path)
     if not path.is_file(): raise ValueError(f"config file {path} does not exist: give a .yaml or .json file")
+    kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8")
-        tree = json.loads(strip_comments(text)) if path.suffix == ".json" else yaml.load(text, Loader=yaml_loader())
+        tree = json.loads(strip_comments(text)) if kind == "JSON" else yaml.load(text, Loader=yaml_loader())
     except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as e:
-        raise ValueError(f"config file {path} is not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {e}") from None
-    if tree is not None and not isinstance(tree, dict): raise ValueError(f"config file {path} holds a {type(tree).__name__}: settings are `name: value`")
-    values = {}
-    for name, value in flat(tree or {}):
-        if name in values: raise ValueError(f"config file {path} names {name!r} twice: a setting has one place")
-        values[name] = value
-    return values
+        raise ValueError(f"config file {path} is not valid {kind}: {e}") from None
+    if not isinstance(tree, dict | None):
+        raise ValueError(f"config file {path} holds a {type(tree).__name__}: settings are `name: value`")
+    pairs = list(flat(tree or {}))
+    if twice := [n for n, count in Counter(name for name, _ in pairs).items() if count > 1]:
+        raise ValueError(f"config file {path} names {twice[0]!r} twice: a setting has one place")
+    return dict(pairs)
 
 def flat(tree: dict) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
@@ -351,65 +364,76 @@ def yaml_loader():
     "PyYAML's safe loader that also reads 1e-3 as a number, as everybody writes it"
     import yaml
     class Loader(yaml.SafeLoader): pass
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return Loader
 
 # %% ../nbs/00_config.ipynb #8c6604b4
 def size(d_model: int, n_layer: int, n_head: int, context_length: int, **others) -> RunConfig:
-    return RunConfig().override(d_model=d_model, n_layer=n_layer, n_head=n_head, context_length=context_length, **others)
+    "The default config at another size"
+    return RunConfig().override(d_model=d_model, n_layer=n_layer, n_head=n_head,
+                                context_length=context_length, **others)
 
 def tiny() -> RunConfig:
     "A minute on a laptop, offline: 128 wide, 4 layers, context 256, on the standard library's source"
-    return size(128, 4, 4, 256, position="rotary", val_fraction=0.02, batch_size=16, max_steps=600, learning_rate=3e-3, warmup_steps=50,
-                eval_every=200, eval_tokens=65536, sample_every=200)
+    return size(128, 4, 4, 256, position="rotary", val_fraction=0.02, batch_size=16, max_steps=600,
+                learning_rate=3e-3, warmup_steps=50, eval_every=200, eval_tokens=2**16, sample_every=200)
 
 def small() -> RunConfig:
     "256 wide, 6 layers, 8 heads, context 512"
-    return size(256, 6, 8, 512, position="rotary", val_fraction=0.02, batch_size=16, max_steps=5000, eval_every=500, eval_tokens=2**18)
+    return size(256, 6, 8, 512, position="rotary", val_fraction=0.02, batch_size=16, max_steps=5000,
+                eval_every=500, eval_tokens=2**18)
 
 def medium() -> RunConfig:
     "512 wide, 8 layers, 8 heads, context 1024"
-    return size(512, 8, 8, 1024, position="rotary", val_fraction=0.02, batch_size=16, max_steps=20000, learning_rate=6e-4, warmup_steps=500,
-                eval_every=1000, eval_tokens=2**20)
+    return size(512, 8, 8, 1024, position="rotary", val_fraction=0.02, batch_size=16, max_steps=20000,
+                learning_rate=6e-4, warmup_steps=500, eval_every=1000, eval_tokens=2**20)
 
 def large() -> RunConfig:
     "768 wide, 12 layers, 12 heads, context 1024"
-    return size(768, 12, 12, 1024, position="rotary", val_fraction=0.02, batch_size=16, max_steps=50000, learning_rate=6e-4, warmup_steps=1000,
-                eval_every=1000, eval_tokens=2**20)
+    return size(768, 12, 12, 1024, position="rotary", val_fraction=0.02, batch_size=16, max_steps=50000,
+                learning_rate=6e-4, warmup_steps=1000, eval_every=1000, eval_tokens=2**20)
 
 def debug() -> RunConfig:
     "Two layers, ten steps, every step logged, float32: is anything wrong at all?"
-    return size(64, 2, 2, 64, position="rotary", data="toy", batch_size=4, max_steps=10, learning_rate=1e-4, warmup_steps=2, dtype="float32",
-                compile="off", log_every=1, log_level="debug", eval_every=5, save_every=5, max_new_tokens=40)
+    return size(64, 2, 2, 64, position="rotary", data="toy", batch_size=4, max_steps=10, learning_rate=1e-4,
+                warmup_steps=2, dtype="float32", compile="off", log_every=1, log_level="debug", eval_every=5,
+                save_every=5, max_new_tokens=40)
 
 def shakespeare_char() -> RunConfig:
-    "nanoGPT's character model for a CPU, to be given `data`: 4 layers, 128 wide, context 64, 2000 steps of 12"
-    return size(128, 4, 4, 64, bias=False, data="toy", tokenizer="chars", val_fraction=0.1, batch_size=12, max_steps=2000, learning_rate=1e-3,
-                warmup_steps=100, betas=(0.9, 0.99), dtype="float32", compile="off", eval_every=250, eval_tokens=20 * 12 * 64, sample_every=500)
+    "nanoGPT's character model for a CPU, to be given `data`: 4 layers, 128 wide, context 64, 2000 steps"
+    return size(128, 4, 4, 64, bias=False, data="toy", tokenizer="chars", val_fraction=0.1, batch_size=12,
+                max_steps=2000, learning_rate=1e-3, warmup_steps=100, betas=(0.9, 0.99), dtype="float32",
+                compile="off", eval_every=250, eval_tokens=2**14, sample_every=500)
 
 def medical() -> RunConfig:
     "A medical corpus from Hugging Face: 384 wide, 6 layers, 8 heads, context 512, batch 48, 100 steps"
-    return size(384, 6, 8, 512, d_ff=1536, position="rotary", norm="rmsnorm", bias=False, data="hf:openmed-community/TheBlueScrubs-v1-fixed",
-                tokenizer="hf:HuggingFaceTB/SmolLM-135M", corpus_documents=2000, batch_size=48, max_steps=100, warmup_steps=10, dropout=0.1)
+    return size(384, 6, 8, 512, d_ff=1536, position="rotary", norm="rmsnorm", bias=False, dropout=0.1,
+                data="hf:openmed-community/TheBlueScrubs-v1-fixed", tokenizer="hf:HuggingFaceTB/SmolLM-135M",
+                corpus_documents=2000, batch_size=48, max_steps=100, warmup_steps=10)
 
 def gpt2() -> RunConfig:
     "GPT-2 124M as nanoGPT trains it: 0.5 M tokens a step"
-    return size(768, 12, 12, 1024, activation="gelu_tanh", vocab_size=50304, data="hf:Skylion007/openwebtext", tokenizer="hf:openai-community/gpt2",
-                val_fraction=0.0005, batch_size=12, global_batch_size=480, max_steps=600000, learning_rate=6e-4, warmup_steps=2000,
+    return size(768, 12, 12, 1024, activation="gelu_tanh", vocab_size=50304,
+                data="hf:Skylion007/openwebtext", tokenizer="hf:openai-community/gpt2", val_fraction=0.0005,
+                batch_size=12, grad_accum_steps=40, max_steps=600000, learning_rate=6e-4, warmup_steps=2000,
                 eval_every=2000, eval_tokens=2**21, save_every=2000)
 
 def production() -> RunConfig:
     "The shape of Llama 3 8B: 32 layers, 4096 wide, 32 heads, 8 key-value heads"
-    return size(4096, 32, 32, 8192, n_kv_head=8, d_ff=14336, vocab_size=128256, position="rotary", rope_theta=500000.0, norm="rmsnorm",
-                activation="swiglu", bias=False, tie_embeddings=False, activation_checkpointing=True, data="hf:wikitext:wikitext-103-raw-v1",
-                tokenizer="hf:meta-llama/Meta-Llama-3-8B", batch_size=1, grad_accum_steps=8, max_steps=10000, learning_rate=3e-4,
-                warmup_steps=500, val_fraction=0.01, eval_tokens=2**20)
+    return size(4096, 32, 32, 8192, n_kv_head=8, d_ff=14336, vocab_size=128256, position="rotary",
+                rope_theta=500000.0, norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False,
+                activation_checkpointing=True, data="hf:wikitext:wikitext-103-raw-v1",
+                tokenizer="hf:meta-llama/Meta-Llama-3-8B", val_fraction=0.01, batch_size=1, grad_accum_steps=8,
+                max_steps=10000, learning_rate=3e-4, warmup_steps=500, eval_tokens=2**20)
 
 def stable() -> RunConfig:
     "`tiny` with everything that keeps numbers small, for a run that went to NaN"
-    return tiny().override(dtype="float32", learning_rate=1e-5, init_std=0.01, max_grad_norm=0.5, warmup_steps=200)
+    return tiny().override(dtype="float32", learning_rate=1e-5, init_std=0.01, max_grad_norm=0.5,
+                           warmup_steps=200)
 
-PRESETS = {f.__name__: f for f in (tiny, debug, small, medium, large, shakespeare_char, medical, gpt2, production, stable)}
+PRESETS = {f.__name__: f for f in (tiny, debug, small, medium, large, shakespeare_char, medical, gpt2,
+                                   production, stable)}
 DEFAULT_PRESET = "tiny"
 
 # %% ../nbs/00_config.ipynb #159ba313
@@ -433,7 +457,7 @@ def typed_flags(argv: list[str]) -> list[str]:
     return [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--") and len(a) > 2]
 
 def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    "`argv` with other systems' flags renamed to ours, and the settings of those that tyro cannot parse because their value changes too"
+    "`argv` with other systems' flags renamed to ours, and the settings of flags whose value changes too"
     out, turned, words = [], {}, iter(argv)
     for word in words:
         name, eq, value = word.removeprefix("--").partition("=")
@@ -441,7 +465,7 @@ def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
         if not word.startswith("--") or (key in leaf_names() and key not in TURNED): out.append(word)
         elif key in ("fp16", "no_fp16", "use_amp", "use_rotary_emb") and not eq: turned[key] = True
         elif key in TURNED or key in IGNORED: turned[key] = value if eq else next(words, None)
-        else: out.append("--" + ALIASES.get(key, key).replace("_", "-") + eq + value if key in ALIASES else word)
+        else: out.append(f"--{ALIASES[key].replace('_', '-')}{eq}{value}" if key in ALIASES else word)
     return out, turned
 
 def split_flags(argv: list[str], entry: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -463,11 +487,12 @@ def comments(cls: type) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
 
 def unchecked(part: Any) -> Any:
-    "A section's values in a plain dataclass of the same fields: tyro parses the types, `override` checks the values and has the better words"
+    "A section in a plain dataclass: tyro parses the types, `override` checks the values, in better words"
     import tyro
-    hints, said = get_type_hints(type(part)), comments(type(part))
-    parts = [(f.name, Annotated[hints[f.name], tyro.conf.arg(help=said.get(f.name, ""))], field(default=getattr(part, f.name))) for f in fields(part)]
-    return dataclasses.make_dataclass(type(part).__name__, parts, namespace={"__doc__": type(part).__doc__})()
+    cls, hints, said = type(part), get_type_hints(type(part)), comments(type(part))
+    parts = [(n, Annotated[hint, tyro.conf.arg(help=said.get(n, ""))], field(default=getattr(part, n)))
+             for n, hint in hints.items()]
+    return dataclasses.make_dataclass(cls.__name__, parts, namespace={"__doc__": cls.__doc__})()
 
 def from_flags(argv: list[str], cfg: RunConfig, prog: str = "minigpt", description: str = "") -> RunConfig:
     "`cfg` with the flags in `argv` laid over it; `--help` shows every setting with its value in `cfg`"
@@ -476,8 +501,9 @@ def from_flags(argv: list[str], cfg: RunConfig, prog: str = "minigpt", descripti
     typed = typed_flags(argv)
     canonical(dict.fromkeys(n for n in typed if n != "help"))
     parts = {f.name: unchecked(getattr(cfg, f.name)) for f in fields(cfg)}
-    Flags = dataclasses.make_dataclass("Flags", [(n, type(p), field(default_factory=lambda p=p: p)) for n, p in parts.items()])
-    parsed = tyro.cli(Flags, args=argv, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
+    members = [(n, type(p), field(default_factory=lambda p=p: p)) for n, p in parts.items()]
+    parsed = tyro.cli(dataclasses.make_dataclass("Flags", members), args=argv, prog=prog, description=description,
+                      config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
     given = {n: getattr(getattr(parsed, section_of(n)), n) for n in typed} | turned
     return cfg.override(**given) if given else cfg
 
