@@ -100,15 +100,46 @@ def last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ''
 
 
+SECTIONS = {part.name: part.default_factory.__name__ for part in fields(RunConfig)}  # model: ModelConfig
+
+def section_names(tree: ast.AST) -> dict[str, set[str]]:
+    "What `tree` calls each section: its own name, `a, b = cfg.model, cfg.optim`, `shape: ModelConfig`"
+    names = {section: {section} for section in SECTIONS}
+    for node in ast.walk(tree):
+        pairs = []
+        if isinstance(node, ast.Assign):
+            left, right = node.targets[0], node.value
+            both = isinstance(left, ast.Tuple) and isinstance(right, ast.Tuple)
+            pairs = zip(left.elts, right.elts) if both else [(left, right)]
+            pairs = [(last_name(x), last_name(y)) for x, y in pairs]
+        elif isinstance(node, ast.arg) and node.annotation is not None:
+            pairs = [(node.arg, name) for name, cls in SECTIONS.items() if last_name(node.annotation) == cls]
+        for name, section in pairs:
+            if name and section in names: names[section].add(name)
+    return names
+
+
+def lookups(tree: ast.AST) -> set[str]:
+    "Functions of `tree` that look a leaf up by a name they are given: `def due(t, name): ... t.cfg[name]`"
+    out = set()
+    for f in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
+        given = {a.arg for a in f.args.args}
+        keys = [n.slice for n in ast.walk(f) if isinstance(n, ast.Subscript) and last_name(n.value).endswith('cfg')]
+        if given & {last_name(k) for k in keys}: out.add(f.name)
+    return out
+
+
 def reads(tree: ast.AST, section: dict[str, str]) -> set[str]:
     """Names in `section` (leaf -> its section) that `tree` reads: cfg.optim.leaf, optim.leaf or cfg["leaf"].
 
-    A bare x.bias may be anything's: the word before the dot must be cfg, config or the section's name."""
-    out = set()
+    A bare x.bias may be anything's: the word before the dot must be cfg, config or a name of the section."""
+    out, called, asked = set(), section_names(tree), lookups(tree)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and last_name(node.func) in asked:
+            out |= {a.value for a in node.args if isinstance(a, ast.Constant)} & set(section)
         if not isinstance(node, ast.Attribute | ast.Subscript) or not isinstance(node.ctx, ast.Load): continue
         of, name = last_name(node.value), getattr(node, 'attr', None) or getattr(node.slice, 'value', None)
-        if name in section and (of.endswith(('cfg', 'config')) or of == section[name]): out.add(name)
+        if name in section and (of.endswith(('cfg', 'config')) or of in called[section[name]]): out.add(name)
     return out
 
 
@@ -126,6 +157,10 @@ def test_reads_are_found():
     code = 'cfg.model.n_layer; t.cfg["seed"]; optim.betas; cfg.ff_width; x.bias; m.cfg.dropout; cfg[i]'
     section = leaf_names() | dict.fromkeys(properties(), 'model')
     assert reads(ast.parse(code), section) == {'n_layer', 'seed', 'betas', 'ff_width', 'dropout'}
+    code = 'm, t = cfg.model, cfg.training; m.bias; t.patience; t.bias\ndef f(o: OptimConfig): o.betas, x.seed'
+    assert reads(ast.parse(code), section) == {'bias', 'patience', 'betas'}
+    code = 'def due(t, name): return t.cfg[name]\ndef say(text): print(text)\ndue(t, "save_every"), say("seed")'
+    assert reads(ast.parse(code), section) == {'save_every'}
     assert properties()['kv_heads'] == {'n_kv_head', 'n_head'}
 
 
