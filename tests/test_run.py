@@ -68,7 +68,8 @@ def test_values_come_back(run):
 
 
 def test_names_are_claimed_once(tmp_path):
-    code = "from minigpt_wb.config import RunConfig as C\nprint(Run.create(C.preset('tiny'), sys.argv[1], {}).name)"
+    code = "from minigpt_wb.config import RunConfig\n"
+    code += "print(Run.create(RunConfig.preset('tiny'), sys.argv[1], {}).name)"
     free = [child(code.format("preset='tiny'"), tmp_path) for _ in range(4)]
     assert len({p.communicate()[0] for p in free}) == 4
     taken = [child(code.format("'mine'"), tmp_path) for _ in range(3)]
