@@ -124,8 +124,8 @@ def lookups(tree: ast.AST) -> set[str]:
     out = set()
     for f in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
         given = {a.arg for a in f.args.args}
-        found = [n for n in ast.walk(f) if isinstance(n, ast.Subscript) and last_name(n.value).endswith('cfg')]
-        if given & {last_name(n.slice) for n in found}: out.add(f.name)
+        got = [n for n in ast.walk(f) if isinstance(n, ast.Subscript) and last_name(n.value).endswith('cfg')]
+        if given & {last_name(n.slice) for n in got}: out.add(f.name)
     return out
 
 
