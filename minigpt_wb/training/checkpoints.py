@@ -211,8 +211,9 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]]]:
     if manifest.get("format") != FORMAT:
         raise ValueError(f"format {manifest.get('format')} is not {FORMAT}: it needs a newer minigpt_wb")
     try: files = {name: (int(f["bytes"]), str(f["sha256"])) for name, f in manifest["files"].items()}
-    except (AttributeError, KeyError, TypeError): raise ValueError(f"{MANIFEST} names no files") from None
-    return manifest["step"], files
+    except (AttributeError, KeyError, TypeError, OverflowError):
+        raise ValueError(f"{MANIFEST} names no files") from None
+    return manifest.get("step"), files
 
 def verify_files(folder: Path, quick: bool = False) -> list[str]:
     "Problems of a checkpoint's folder; raises OSError or ValueError where it cannot go on"
@@ -312,12 +313,11 @@ def save_checkpoint(run: Run | Path, step: int, model_state: Tensors,
 
 def hint(store: Path, snapshot: Snapshot, best: bool | None) -> None:
     "Point `latest`, and `best` where it is, to a step just written; a hint that cannot be written is no harm"
-    loss = val_loss(snapshot.state)
-    others = (val_loss(c.state) for c in list_checkpoints(store) if c.step != snapshot.step)
-    if best is None: best = loss < min(others, default=math.inf)
     with contextlib.suppress(OSError):
-        write_atomically(store / "latest", step_name(snapshot.step) + "\n")
-        if best: write_atomically(store / "best", step_name(snapshot.step) + "\n")
+        others = (val_loss(c.state) for c in list_checkpoints(store) if c.step != snapshot.step)
+        if best is None: best = val_loss(snapshot.state) < min(others, default=math.inf)
+        for name in ["latest"] + ["best"] * best:
+            write_atomically(store / name, step_name(snapshot.step) + "\n")
 
 # %% ../../nbs/42_training.checkpoints.ipynb #5cbd11df
 def find_checkpoint(ref: Run | str | Path, runs_dir: str | Path | None = None) -> Checkpoint:

@@ -89,9 +89,11 @@ def to_json(value: Any, where: str = "state") -> Any:
 
 def from_json(text: str) -> Any:
     "The value whose `to_json` was written as `text`; raises ValueError on anything else"
-    def read(pairs: dict) -> Any: return float(pairs["float"]) if pairs.keys() == {"float"} else pairs
+    def read(pairs: dict) -> Any:
+        odd = pairs.keys() == {"float"} and pairs["float"] in ("nan", "inf", "-inf")
+        return float(pairs["float"]) if odd else pairs
     try: return json.loads(text, object_hook=read)
-    except (RecursionError, TypeError) as e: raise ValueError(f"not a state: {e}") from None
+    except RecursionError as e: raise ValueError(f"not a state: {e}") from None
 
 def rng_state() -> dict[str, Any]:
     "State of the global random generators of torch, CUDA (this device), Python and numpy"
