@@ -37,28 +37,32 @@ def physical_index(local_rank: int) -> int:
     "The number of this rank's GPU as log lines show it"
     if own := os.environ.get("GPU_RANK", "").strip(): return int(own)
     visible = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    return int(visible[local_rank]) if local_rank < len(visible) and visible[local_rank].isdigit() else local_rank
+    own = visible[local_rank] if local_rank < len(visible) else ""
+    return int(own) if own.isdecimal() else local_rank
 
 # %% ../../nbs/30_ddp.process.ipynb #67a94ea4
 def local_device(device: str, local_rank: int, world_size: int) -> torch.device:
-    "The device of a rank: its own GPU, or what all share; ValueError when there is none of the kind asked for"
+    "The device of a rank: its own GPU, or what all share; ValueError when there is none of that kind"
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto": device = "cuda" if cuda else "mps" if mps and world_size == 1 else "cpu"
-    if device == "cuda" and not cuda: raise ValueError("device='cuda', but torch sees no CUDA device here: give device='auto' or 'cpu'")
-    if device == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"rank {local_rank} of this machine has no GPU of its own: torch sees {torch.cuda.device_count()}, start that many ranks")
+    if device == "cuda" and not cuda:
+        raise ValueError("device='cuda', but torch sees no CUDA device here: give device='auto' or 'cpu'")
+    if device == "cuda" and local_rank >= (count := torch.cuda.device_count()):
+        raise ValueError(f"rank {local_rank} of this machine has no GPU of its own: torch sees {count}, start that many ranks")
     if device == "mps" and (not mps or world_size > 1):
         raise ValueError("device='mps' needs an Apple GPU and one process: give device='auto' or 'cpu'")
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
 
 def identity(device: str = "auto") -> Process:
-    "Who this process is, from RANK, LOCAL_RANK and WORLD_SIZE; without them it is alone. Initialises no group"
+    "Who this process is, from RANK, LOCAL_RANK and WORLD_SIZE; without them it is alone"
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE")}
     if None in given.values() and any(given.values()):
-        raise ValueError(f"RANK={given['RANK']} and WORLD_SIZE={given['WORLD_SIZE']}: set both, as torchrun does, or none")
+        pair = " and ".join(f"{name}={value}" for name, value in given.items())
+        raise ValueError(f"{pair}: set both, as torchrun does, or none")
     rank, world_size = int(given["RANK"] or 0), int(given["WORLD_SIZE"] or 1)
     local_rank = int(os.environ.get("LOCAL_RANK", rank if given["RANK"] else 0))
-    if not 0 <= rank < world_size: raise ValueError(f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks: they count from 0")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks: they count from 0")
     return Process(rank, local_rank, world_size, local_device(device, local_rank, world_size))
 
 # %% ../../nbs/30_ddp.process.ipynb #6df94f13
@@ -72,8 +76,8 @@ def group(process: Process, timeout_s: float = FIRST_STEP_S) -> Iterator[None]:
         return
     cuda = process.device.type == "cuda"
     if cuda: torch.cuda.set_device(process.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", rank=process.rank, world_size=process.world_size,
-                            timeout=timedelta(seconds=max(timeout_s, FIRST_STEP_S)))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=max(timeout_s, FIRST_STEP_S)),
+                            rank=process.rank, world_size=process.world_size)
     try: yield
     except BaseException:
         if process.world_size == 1: dist.destroy_process_group()

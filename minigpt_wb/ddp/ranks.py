@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['LEFT_OVER', 'echo_fd', 'POLL_S', 'GRACE_S', 'BOOT', 'Gpus', 'parse_gpus', 'Gpu', 'smi_gpus', 'number', 'visible_gpus',
-           'pick', 'cpu_ranks', 'rank_environment', 'cores', 'free_port', 'die_with', 'leave_with', 'rank_main',
+           'pick', 'load', 'cpu_ranks', 'rank_environment', 'cores', 'free_port', 'die_with', 'leave_with', 'rank_main',
            'write_error', 'say', 'Supervisor', 'start', 'start_all', 'failures', 'ending', 'end_all', 'supervise',
            'at_exit', 'start_ranks']
 
 # %% ../../nbs/31_ddp.ranks.ipynb #8e0714c5
-import atexit, ctypes, faulthandler, json, os, pickle, signal, socket, subprocess, sys, tempfile, threading, time
+import atexit, ctypes, faulthandler, json, math, os, pickle, signal, socket, subprocess, sys, threading, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,9 @@ class Gpu:
     number: str                       # as CUDA_VISIBLE_DEVICES takes it
     uuid: str = ""
     name: str = "GPU"
-    memory_gib: float = float("nan")
-    used_gib: float = float("nan")
-    busy: float = float("nan")        # utilisation, percent
+    memory_gib: float = math.nan
+    used_gib: float = math.nan
+    busy: float = math.nan            # utilisation, percent
 
     def __str__(self) -> str:
         return f"{self.name}, {self.used_gib:.1f} of {self.memory_gib:.1f} GiB used, {self.busy:.0f} % busy"
@@ -66,7 +66,7 @@ def smi_gpus() -> list[Gpu]:
 def number(cell: str) -> float:
     "A cell of nvidia-smi's table; NaN for `[N/A]`"
     try: return float(cell)
-    except ValueError: return float("nan")
+    except ValueError: return math.nan
 
 def visible_gpus() -> list[Gpu]:
     "The GPUs that torch can use here, in the order of CUDA_VISIBLE_DEVICES; CUDA itself stays untouched"
@@ -74,7 +74,9 @@ def visible_gpus() -> list[Gpu]:
     count, table = torch.cuda.device_count(), smi_gpus()
     given = [v.strip() for v in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if v.strip()]
     numbers = (given or [g.number for g in table] or [str(i) for i in range(count)])[:count]
-    return [next((g for g in table if n == g.number or (not n.isdecimal() and g.uuid.startswith(n))), Gpu(n)) for n in numbers]
+    def named(n: str) -> Gpu:
+        return next((g for g in table if n == g.number or (not n.isdecimal() and g.uuid.startswith(n))), Gpu(n))
+    return [named(n) for n in numbers]
 
 # %% ../../nbs/31_ddp.ranks.ipynb #f2f6d1e5
 def pick(gpus: Gpus, device: str = "auto") -> int | list[int]:
@@ -86,15 +88,21 @@ def pick(gpus: Gpus, device: str = "auto") -> int | list[int]:
     if max(gpus.count or 0, 1 + max(gpus.ids or (0,))) > len(found):
         asked = f"gpus={gpus.count}" if gpus.count else f"gpus={','.join(map(str, gpus.ids))}"
         listed = "\n".join(f"  {i}: {gpu}" for i, gpu in enumerate(found))
-        raise ValueError(f"{asked}, but there are {len(found)} GPUs here: give a count up to {len(found)} or numbers of\n{listed}")
+        raise ValueError(f"{asked}, but there are {len(found)} GPUs here: "
+                         f"give a count up to {len(found)} or numbers of\n{listed}")
     if gpus.ids: return list(gpus.ids)
     if gpus.count in (None, len(found)): return list(range(len(found)))
-    order = sorted(range(len(found)), key=lambda i: (found[i].busy != found[i].busy, found[i].busy, found[i].used_gib))
-    return sorted(order[:gpus.count])
+    return sorted(sorted(range(len(found)), key=lambda i: load(found[i]))[:gpus.count])
+
+def load(gpu: Gpu) -> tuple[float, float]:
+    "How much is going on: utilisation, then memory; what is not known comes last"
+    return tuple(math.inf if math.isnan(v) else v for v in (gpu.busy, gpu.used_gib))
 
 def cpu_ranks(gpus: Gpus, device: str) -> int:
+    "How many processes to start without CUDA; says so on stderr when it was not asked for"
     count = gpus.count or len(gpus.ids or (0,))
-    if device == "mps" and count > 1: raise ValueError(f"gpus={count}, but Apple's GPU takes one process: give gpus=1 or device='cpu'")
+    if device == "mps" and count > 1:
+        raise ValueError(f"gpus={count}, but Apple's GPU takes one process: give gpus=1 or device='cpu'")
     if device == "auto":
         from minigpt_wb.config import note
         note(f"no CUDA device here: gpus counts processes on the CPU, {count} of them" if gpus != Gpus() else
@@ -126,7 +134,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def free_port() -> int:
-    "A free TCP port below those that the system hands out by itself, so that none of our own connections takes it meanwhile"
+    "A free TCP port, below those that the system hands out: no connection of ours takes it meanwhile"
     for _ in range(100):
         port = 20000 + int.from_bytes(os.urandom(2)) % 12000
         with socket.socket() as s:
@@ -167,7 +175,8 @@ def write_error(error: BaseException, rank: int, path: Path) -> None:
     "Leave the traceback in the rank's log and, for the supervisor, in `path`"
     when = time.time()
     import traceback
-    text = "".join(traceback.format_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next)))
+    error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # less rank_main itself
+    text = "".join(traceback.format_exception(error))
     part = path.with_suffix(".part")
     part.write_text(json.dumps({"time": when, "rank": rank, "text": text.rstrip()}))
     part.replace(path)
@@ -224,7 +233,9 @@ class Supervisor:
         for p in self.processes: p.send_signal(signum)
 
 # %% ../../nbs/31_ddp.ranks.ipynb #53fcafea
-BOOT = "import sys; sys.path[:] = {path!r}; from minigpt_wb.ddp.ranks import rank_main; rank_main({parent}, {rank}, {error!r}, {fd})"
+BOOT = """import sys; sys.path[:] = {path!r}
+from minigpt_wb.ddp.ranks import rank_main
+rank_main({parent}, {rank}, {error!r}, {fd})"""
 
 def start(self: Supervisor, rank: int, port: int) -> subprocess.Popen:
     "One rank, its output in its log"
@@ -234,7 +245,8 @@ def start(self: Supervisor, rank: int, port: int) -> subprocess.Popen:
     code = BOOT.format(path=sys.path, parent=os.getpid(), rank=rank, error=str(error), fd=self.echo_fd)
     with log.open("ab") as f:
         return subprocess.Popen([sys.executable, "-u", "-c", code], stdin=subprocess.PIPE, stdout=f, stderr=f,
-                                env=rank_environment(rank, self.devices, port), pass_fds=[self.echo_fd] if self.echo_fd else [])
+                                env=rank_environment(rank, self.devices, port),
+                                pass_fds=[] if self.echo_fd is None else [self.echo_fd])
 
 def start_all(self: Supervisor) -> None:
     "Every rank, and what it is to do"
@@ -264,7 +276,9 @@ def failures(self: Supervisor, last_look: float) -> list[tuple[float, int, str]]
         if path.exists():
             said = json.loads(path.read_text())
             found.append((said["time"], rank, said["text"]))
-        elif code: found.append((time.time() if code == -signal.SIGABRT else last_look, rank, self.ending(rank, code)))
+        elif code:
+            when = time.time() if code == -signal.SIGABRT else last_look
+            found.append((when, rank, self.ending(rank, code)))
     return found
 
 def ending(self: Supervisor, rank: int, code: int) -> str:
@@ -297,13 +311,15 @@ def supervise(self: Supervisor) -> None:
         self.error = "every rank ended, but none wrote that the run was finished"
     if self.error: self.run.set_status(state="failed", error=self.error, failed_rank=self.failed_rank)
 
-def at_exit(self: Supervisor) -> None: self.kill("the launcher ended while its ranks were running: wait for a run with run.wait()")
+def at_exit(self: Supervisor) -> None:
+    self.kill("the launcher ended while its ranks were running: wait for a run with run.wait()")
 
 Supervisor.failures, Supervisor.ending, Supervisor.end_all = failures, ending, end_all
 Supervisor.supervise, Supervisor.at_exit = supervise, at_exit
 
 # %% ../../nbs/31_ddp.ranks.ipynb #079608fe
-def start_ranks(target: Callable, args: Sequence[Any], devices: int | Sequence[int], run: "Run", echo: bool = False) -> Supervisor:
+def start_ranks(target: Callable, args: Sequence[Any], devices: int | Sequence[int], run: "Run",
+                echo: bool = False) -> Supervisor:
     # `target`: a function, of a module or of a notebook's cell
     # `devices`: what `pick` gave: positions of visible GPUs, one for each rank, or a number of processes on the CPU
     # `echo`: what ranks `say` goes to this process's stdout
