@@ -24,8 +24,13 @@ def causal_mask(T: int, S: int, device: torch.device | str | None = None) -> Ten
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
 
 # %% ../../nbs/20_model.gpt.ipynb #2e5c42cc
-def attend_explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0) -> Tensor:
-    "Attention by its definition: q (B, H, T, D), k and v (B, K, S, D), mask (..., T, S) True where seen -> (B, H, T, D)"
+def attend_explicit(q: Tensor,                    # (B, H, T, D)
+                    k: Tensor,                    # (B, K, S, D)
+                    v: Tensor,                    # (B, K, S, D)
+                    mask: Tensor | None = None,   # (..., T, S) True where seen; causal when not given
+                    dropout: float = 0.0,         # probability of dropping a weight
+                   ) -> Tensor:                   # (B, H, T, D)
+    "Attention by its definition"
     k, v = share_heads(k, q.size(1)), share_heads(v, q.size(1))
     if mask is None: mask = causal_mask(q.size(2), k.size(2), q.device)
     scores = (q * q.size(3) ** -0.5) @ k.transpose(2, 3)                 # (B, H, T, S)
@@ -43,12 +48,13 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dro
     T, S = q.size(2), k.size(2)
     k, v = share_heads(k, q.size(1)), share_heads(v, q.size(1))
     if mask is None and 1 < T < S: mask = causal_mask(T, S, q.device)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and T > 1)
+    causal = mask is None and T > 1
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
 
 ATTENTION = {"explicit": attend_explicit, "sdpa": attend_sdpa}
 
 def pick_attention(kind: str, q: Tensor) -> str:
-    "`auto` is sdpa, but not for short sequences in half precision on a CPU, where torch's kernel is the slower one"
+    "`auto` is sdpa, but explicit where that is faster: half precision on a CPU, up to 512 positions"
     if kind != "auto": return kind
     return "explicit" if q.device.type == "cpu" and q.dtype != torch.float32 and q.size(2) <= 512 else "sdpa"
 
@@ -73,14 +79,17 @@ class Attention(nn.Module):
         self.n_head, self.n_kv_head, self.head_dim = cfg.n_head, cfg.kv_heads, cfg.head_width
         self.qkv = nn.Linear(cfg.d_model, (cfg.n_head + 2 * cfg.kv_heads) * cfg.head_width, bias=cfg.bias)
         self.out = nn.Linear(cfg.n_head * cfg.head_width, cfg.d_model, bias=cfg.bias)
-        self.q_norm, self.k_norm = ((nn.RMSNorm(cfg.head_width, cfg.norm_eps), nn.RMSNorm(cfg.head_width, cfg.norm_eps))
-                                    if cfg.qk_norm else (None, None))
+        self.q_norm = nn.RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
+        self.k_norm = nn.RMSNorm(cfg.head_width, cfg.norm_eps) if cfg.qk_norm else None
         self.drop = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
+    def forward(self, x: Tensor,                                # (B, T, C)
+                turn: tuple[Tensor, Tensor] | None = None,      # from `rotation`
+                mask: Tensor | None = None,                     # (B, 1, T, S)
+                cache: "Cache | None" = None) -> Tensor:
         B, T, _ = x.shape
         heads = self.qkv(x).view(B, T, self.n_head + 2 * self.n_kv_head, self.head_dim)
-        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)   # (B, T, H, D), (B, T, K, D) twice
+        q, k, v = heads.split((self.n_head, self.n_kv_head, self.n_kv_head), dim=2)   # (B, T, H or K, D)
         if self.q_norm is not None: q, k = self.q_norm(q).type_as(q), self.k_norm(k).type_as(k)
         if turn is not None: q, k = rotate(q, turn), rotate(k, turn)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)             # (B, H, T, D)
@@ -92,16 +101,19 @@ class Attention(nn.Module):
 # %% ../../nbs/20_model.gpt.ipynb #5ae520ce
 class Cache:
     "Keys and values of the positions that a model has read: `length` of at most `capacity`"
-    def __init__(self, n_layer: int, B: int, K: int, capacity: int, D: int, dtype: torch.dtype, device: torch.device):
-        self.length, self.capacity, self.dtype = 0, capacity, dtype
-        self.keys, self.values = (torch.zeros(n_layer, B, K, capacity, D, dtype=dtype, device=device) for _ in range(2))
+    def __init__(self, shape: tuple[int, int, int, int, int],   # layers, B, K, capacity, D
+                 dtype: torch.dtype, device: torch.device):
+        self.length, self.capacity, self.dtype = 0, shape[3], dtype
+        self.keys, self.values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        "Store k and v (B, K, T, D) after the `length` positions of `layer`; views of all that are there (B, K, S, D)"
-        end = self.length + k.size(2)
-        if k.size(0) != self.keys.size(1): raise ValueError(f"{k.size(0)} sequences for a cache of {self.keys.size(1)}: make one with new_cache({k.size(0)}, length)")
-        if end > self.capacity: raise ValueError(f"position {end} in a cache of {self.capacity}: make a longer one with new_cache, or read fewer tokens")
-        self.keys[layer, :, :, self.length:end], self.values[layer, :, :, self.length:end] = k, v
+        "Store k and v (B, K, T, D) after what `layer` has; views of all that it has then (B, K, S, D)"
+        B, new, end = self.keys.size(1), slice(self.length, self.length + k.size(2)), self.length + k.size(2)
+        if k.size(0) != B:
+            raise ValueError(f"{k.size(0)} sequences for a cache of {B}: give new_cache {k.size(0)}")
+        if end > self.capacity:
+            raise ValueError(f"position {end} in a cache of {self.capacity}: give new_cache length {end}")
+        self.keys[layer, :, :, new], self.values[layer, :, :, new] = k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 # %% ../../nbs/20_model.gpt.ipynb #f4a600cf
@@ -111,8 +123,9 @@ class MLP(nn.Module):
         super().__init__()
         self.activation = cfg.activation
         self.up = nn.Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias)
-        self.gate = nn.Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias) if cfg.activation == "swiglu" else None
         self.down = nn.Linear(cfg.ff_width, cfg.d_model, bias=cfg.bias)
+        gated = cfg.activation == "swiglu"
+        self.gate = nn.Linear(cfg.d_model, cfg.ff_width, bias=cfg.bias) if gated else None
         self.drop = nn.Dropout(cfg.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -122,7 +135,8 @@ class MLP(nn.Module):
 
 def make_norm(cfg: ModelConfig) -> nn.Module:
     "LayerNorm, with a bias where the model has them, or RMSNorm"
-    return nn.RMSNorm(cfg.d_model, cfg.norm_eps) if cfg.norm == "rmsnorm" else nn.LayerNorm(cfg.d_model, cfg.norm_eps, bias=cfg.bias)
+    if cfg.norm == "rmsnorm": return nn.RMSNorm(cfg.d_model, cfg.norm_eps)
+    return nn.LayerNorm(cfg.d_model, cfg.norm_eps, bias=cfg.bias)
 
 # %% ../../nbs/20_model.gpt.ipynb #200d809e
 class Block(nn.Module):
@@ -132,13 +146,14 @@ class Block(nn.Module):
         self.norm1, self.attention = make_norm(cfg), Attention(cfg, layer)
         self.norm2, self.mlp = make_norm(cfg), MLP(cfg)
 
-    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
         x = x + self.attention(self.norm1(x), turn, mask, cache)
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/20_model.gpt.ipynb #d4a34a5e
 def seen_by(T: int, S: int, attention_mask: Tensor | None) -> Tensor | None:
-    "(B, 1, T, S) bool: causal, and real where `attention_mask` (B, S) says so; None when that is plain causal"
+    "(B, 1, T, S) bool: causal, and real where `attention_mask` (B, S) says so; None is plain causal"
     if attention_mask is None: return None
     causal = causal_mask(T, S, attention_mask.device)
     return causal & attention_mask[:, None, None].bool() | causal & ~causal.tril(S - T - 1)
@@ -156,7 +171,7 @@ class GPT(nn.Module):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
-        if cfg.vocab_size is None: raise ValueError("vocab_size is not known: give it, or take it from the tokenizer")
+        if cfg.vocab_size is None: raise ValueError("vocab_size is not known: give the tokenizer's")
         self.cfg = cfg
         self.tok_embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
         self.pos_embed = nn.Embedding(cfg.context_length, cfg.d_model) if cfg.position == "learned" else None
@@ -175,28 +190,32 @@ class GPT(nn.Module):
             module.weight.normal_(0, self.cfg.init_std / (math.sqrt(2 * self.cfg.n_layer) if residual else 1))
             if getattr(module, "bias", None) is not None: module.bias.zero_()
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
         return F.linear(self.hidden(tokens, attention_mask, positions, cache), self.head_weight)   # (B, T, V)
 
-    def hidden(self, tokens: Tensor,                    # (B, T) ids
-               attention_mask: Tensor | None = None,    # (B, S) True at real tokens, False at padding, cached positions included
-               positions: Tensor | None = None,         # (T,) or (B, T); counted over the real tokens when not given
-               cache: Cache | None = None,              # from `new_cache`; grows by T
-              ) -> Tensor:                              # (B, T, C)
+    def hidden(self, tokens: Tensor,                  # (B, T) ids
+               attention_mask: Tensor | None = None,  # (B, S) True at real tokens, cached ones too
+               positions: Tensor | None = None,       # (T,) or (B, T); by default counted over real tokens
+               cache: Cache | None = None,            # from `new_cache`; grows by T
+              ) -> Tensor:                            # (B, T, C)
         "The last layer's output after the final norm: what the head multiplies"
         T, S = tokens.size(1), tokens.size(1) + (0 if cache is None else cache.length)
         if S > self.cfg.context_length:
-            raise ValueError(f"{S} tokens in a context of {self.cfg.context_length}: cut the text, or build the model with context_length={S}")
+            raise ValueError(f"{S} tokens in a context of {self.cfg.context_length}: cut the text, "
+                             f"or build the model with context_length={S}")
         if attention_mask is not None and attention_mask.size(1) != S:
-            raise ValueError(f"attention_mask has {attention_mask.size(1)} columns for {S} positions: it covers the cached ones too")
+            raise ValueError(f"attention_mask has {attention_mask.size(1)} columns for {S} positions: "
+                             "it covers the cached ones too")
         if positions is None: positions = default_positions(T, S, attention_mask, tokens.device)
         x, turn, mask = self.tok_embed(tokens), None, seen_by(T, S, attention_mask)   # (B, T, C)
         if self.pos_embed is not None: x = x + self.pos_embed(positions)
         else: turn = rotation(positions, self.cfg.head_width, self.cfg.rope_theta)
         x = self.drop(x)
-        again = self.cfg.activation_checkpointing and self.training and torch.is_grad_enabled() and cache is None
+        again = self.cfg.activation_checkpointing and torch.is_grad_enabled() and self.training and not cache
         for layer in self.layers:
-            x = checkpoint(layer, x, turn, mask, use_reentrant=False) if again else layer(x, turn, mask, cache)
+            if again: x = checkpoint(layer, x, turn, mask, use_reentrant=False)
+            else: x = layer(x, turn, mask, cache)
         if cache is not None: cache.length = S
         return self.norm(x)
 
@@ -208,8 +227,10 @@ class GPT(nn.Module):
     def new_cache(self, B: int, length: int | None = None) -> Cache:
         "An empty cache for B sequences of at most `length` tokens, in the precision that attention runs in"
         w, cfg = self.head_weight, self.cfg
-        dtype = torch.get_autocast_dtype(w.device.type) if torch.is_autocast_enabled(w.device.type) else w.dtype
-        return Cache(cfg.n_layer, B, cfg.kv_heads, length or cfg.context_length, cfg.head_width, dtype, w.device)
+        autocast = torch.is_autocast_enabled(w.device.type)
+        dtype = torch.get_autocast_dtype(w.device.type) if autocast else w.dtype
+        shape = (cfg.n_layer, B, cfg.kv_heads, length or cfg.context_length, cfg.head_width)
+        return Cache(shape, dtype, w.device)
 
     @property
     def attention_kind(self) -> str:
@@ -218,7 +239,8 @@ class GPT(nn.Module):
 
     @attention_kind.setter
     def attention_kind(self, kind: str) -> None:
-        if kind not in ("auto", *ATTENTION): raise ValueError(f"attention_kind={kind!r} is not known: pick auto, explicit or sdpa")
+        if kind not in ("auto", *ATTENTION):
+            raise ValueError(f"attention_kind={kind!r} is not known: pick auto, explicit or sdpa")
         for layer in self.layers: layer.attention.kind = kind
 
 # %% ../../nbs/20_model.gpt.ipynb #6ba43d9e
@@ -230,51 +252,59 @@ def n_params(self: GPT, embeddings: bool = True) -> int:
 def flops_per_token(self: GPT, T: int | None = None) -> int:
     "Operations of one training step (forward and backward) per token, in sequences of T tokens"
     cfg, T = self.cfg, T or self.cfg.context_length
-    heads = cfg.n_head * cfg.head_width
-    layer = cfg.d_model * (2 * heads + 2 * cfg.kv_heads * cfg.head_width + (3 if cfg.activation == "swiglu" else 2) * cfg.ff_width)
+    heads, kv = cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
+    matrices = 3 if cfg.activation == "swiglu" else 2
+    layer = cfg.d_model * (2 * heads + 2 * kv + matrices * cfg.ff_width)
     return 6 * (cfg.n_layer * layer + cfg.d_model * cfg.vocab_size) + 6 * cfg.n_layer * heads * T
 
 GPT.n_params, GPT.flops_per_token = n_params, flops_per_token
 
 # %% ../../nbs/20_model.gpt.ipynb #4f2b367f
-def saved_per_token(cfg: ModelConfig, T: int, wide: int, narrow: int, explicit: bool) -> int:
-    "Bytes per token that one block keeps for its backward; `wide` bytes in the residual stream, `narrow` in the matrix products"
-    C, F_, heads, kv = cfg.d_model, cfg.ff_width, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
-    norms = 2 * (wide * C + narrow * C) + 4 * (4 if cfg.norm == "layernorm" else 2)        # input, and output for the matrix
-    attention = narrow * (heads + 2 * kv + heads)                                        # q, k, v; what goes into out
-    if cfg.position == "rotary": attention += narrow * (heads + kv)                      # q and k, turned
-    attention += narrow * cfg.n_head * T if explicit else 4 * cfg.n_head                 # the table of weights, or its row sums
-    mlp = narrow * F_ * (4 if cfg.activation == "swiglu" else 2)                         # before and after the activation
+def saved_per_token(cfg: ModelConfig, T: int, narrow: int, explicit: bool) -> int:
+    "Bytes per token that a block keeps for backward: 4 a number in the stream, `narrow` in the products"
+    C, heads, kv = cfg.d_model, cfg.n_head * cfg.head_width, cfg.kv_heads * cfg.head_width
+    norms = 2 * C * (4 + narrow)                                     # what goes in, what goes into the matrix
+    if cfg.norm == "rmsnorm": norms += 2 * C * 4                       # and before it was scaled
+    attention = narrow * (2 * heads + 2 * kv)                          # q, k, v; what goes into out
+    if cfg.position == "rotary": attention += narrow * (heads + kv)    # q and k, turned
+    attention += narrow * cfg.n_head * T if explicit else 4 * cfg.n_head   # all weights, or their sums
+    mlp = narrow * cfg.ff_width * (4 if cfg.activation == "swiglu" else 2)   # before and after the activation
     return norms + attention + mlp
 
 def memory_bytes(self: GPT, batch_size: int, dtype: str = "float32", T: int | None = None) -> dict[str, int]:
     "Estimated bytes of a training step by part: parameters, gradients, moments, activations, logits, total"
     cfg, T, n = self.cfg, T or self.cfg.context_length, self.n_params()
-    narrow = 4 if dtype == "float32" else 2
-    block = saved_per_token(cfg, T, 4, narrow, cfg.attention == "explicit")
-    blocks = block + 4 * cfg.d_model * cfg.n_layer if cfg.activation_checkpointing else block * cfg.n_layer
-    parts = dict(parameters=4 * n, gradients=4 * n, moments=8 * n, activations=batch_size * T * (blocks + 12 * cfg.d_model),
-                 logits=min(batch_size * T, CHUNK) * cfg.vocab_size * narrow)
+    q = self.head_weight.new_empty(0, 1, T, 1, dtype=getattr(torch, dtype))
+    narrow, explicit = q.element_size(), pick_attention(cfg.attention, q) == "explicit"
+    block, kept = saved_per_token(cfg, T, narrow, explicit), 4 * cfg.d_model
+    blocks = block + kept * cfg.n_layer if cfg.activation_checkpointing else block * cfg.n_layer
+    parts = dict(parameters=4 * n, gradients=4 * n, moments=8 * n,
+                 activations=batch_size * T * (blocks + 3 * kept),
+                 logits=min(batch_size * T * cfg.vocab_size, CHUNK) * narrow)
     return parts | dict(total=sum(parts.values()))
 
-CHUNK = 512   # rows of logits that exist at one time
+CHUNK = 2**24   # logits that exist at one time on a CPU
 GPT.memory_bytes = memory_bytes
 
 # %% ../../nbs/20_model.gpt.ipynb #5644283c
 def build_model(cfg: ModelConfig, model_fn: Callable[[ModelConfig], nn.Module] | None = None) -> nn.Module:
-    "The model of `cfg`: made by `model_fn`, by the function that `cfg.model_fn` names (module:function), or our GPT"
-    make, name = model_fn or (named_function(cfg.model_fn, "model_fn") if cfg.model_fn else GPT), cfg.model_fn or getattr(model_fn, "__name__", "model_fn")
+    "The model of `cfg`: by `model_fn`, else by what `cfg.model_fn` names (module:function), else our GPT"
+    make = model_fn or (named_function(cfg.model_fn, "model_fn") if cfg.model_fn else GPT)
     model = make(cfg)
-    if not isinstance(model, nn.Module): raise ValueError(f"{name} returned {type(model).__name__}: a torch.nn.Module is expected")
+    what = f"{getattr(make, '__name__', 'model_fn')} returned {type(model).__name__}"
+    if not isinstance(model, nn.Module): raise ValueError(f"{what}: a torch.nn.Module is expected")
     if missing := [n for n in ("hidden", "head_weight") if not hasattr(model, n)]:
-        raise ValueError(f"{name} returned {type(model).__name__} without {' and '.join(missing)}: hidden(tokens) gives (B, T, C), head_weight is (V, C)")
+        raise ValueError(f"{what} without {' and '.join(missing)}: "
+                         "hidden(tokens) gives (B, T, C), head_weight is (V, C)")
     return model
 
 def named_function(name: str, setting: str) -> Callable:
     "The function that `module:function` names; `setting` is who asked, for the error"
-    module, colon, function = name.partition(":")
-    if not (module and colon and function): raise ValueError(f"{setting}={name!r} is not module:function, such as my_package.my_module:build")
+    module, _, function = name.partition(":")
+    if not (module and function):
+        raise ValueError(f"{setting}={name!r} is not module:function, such as my_package.my_module:build")
     try: found = getattr(importlib.import_module(module), function, None)
-    except ImportError as e: raise ValueError(f"{setting}={name!r}: cannot import {module} ({e}); is its folder on PYTHONPATH?") from e
+    except ImportError as e:
+        raise ValueError(f"{setting}={name!r}: cannot import {module} ({e}): is it on PYTHONPATH?") from e
     if not callable(found): raise ValueError(f"{setting}={name!r}: {module} has no function {function}")
     return found
