@@ -8,14 +8,15 @@ __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', '
            'TrainingConfig', 'SamplingConfig', 'every_steps', 'RunConfig', 'leaf_names', 'section_of', 'did_you_mean',
            'shown', 'plain', 'validated', 'error_line', 'write_atomically', 'flag', 'canonical', 'note',
            'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
-           'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'take', 'typed_flags',
-           'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
+           'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config', 'take',
+           'typed_flags', 'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
 import dataclasses, difflib, inspect, json, os, re, sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import field, fields
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -127,7 +128,7 @@ class TrainingConfig:
     seed: Whole = 1337                      # of initial weights, order and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else Apple's, else CPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
-    compile: Literal["auto", "off", "head", "model"] = "auto"  # what torch.compile gets: head and loss, or all
+    compile: Literal["auto", "off", "head", "model"] = "auto"  # what torch compiles: head and loss, or all
     timeout_s: Positive = 120.0             # how long a rank waits for the others
     log_every: Count = 10                   # steps between log lines
     log_level: Literal["info", "debug"] = "info"  # debug adds the norm of every gradient
@@ -190,7 +191,7 @@ class RunConfig:
         "A copy with leaves replaced; of max_steps, epochs and train_tokens, giving one clears the others"
         values = canonical(values)
         if any(values.get(n) is not None for n in LENGTHS): values = dict.fromkeys(LENGTHS) | values
-        elif any(n in values for n in LENGTHS) and all(values.get(n, self[n]) is None for n in LENGTHS):
+        elif all(values.get(n, self[n]) is None for n in LENGTHS):
             raise ValueError("nothing says how long to train: give one of max_steps, epochs and train_tokens")
         tree = self.tree()
         for name, value in values.items(): tree[section_of(name)][name] = value
@@ -295,7 +296,7 @@ def flag(value: Any) -> bool:
 
 TURNED = {  # a name whose value changes too -> the leaves that it gives
     "train_split":    lambda v, seen: {"val_fraction": round(1 - float(v), 9)},
-    "min_lr":         lambda v, seen: {"min_lr_ratio": float(v) / float(seen.get("learning_rate", seen.get("lr")))},
+    "min_lr":         lambda v, seen: {"min_lr_ratio": float(v) / float(seen.get("learning_rate") or seen["lr"])},
     "use_amp":        lambda v, seen: {"dtype": seen.get("amp_dtype", "auto") if flag(v) else "float32"},
     "fp16":           lambda v, seen: {"dtype": "float16" if flag(v) else "float32"},
     "no_fp16":        lambda v, seen: {"dtype": "float32" if flag(v) else "float16"},
@@ -307,8 +308,8 @@ TURNED = {  # a name whose value changes too -> the leaves that it gives
 }
 IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters save_optimizer
     gradient_as_bucket_view use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir
-    use_flash_attention attention_backend empty_cache_interval amp_dtype optimizer deterministic world_size rank
-    use_distributed model_type enabled always_save_checkpoint eval_iters eval_steps num_samples
+    use_flash_attention attention_backend empty_cache_interval amp_dtype optimizer deterministic world_size
+    rank use_distributed model_type enabled always_save_checkpoint eval_iters eval_steps num_samples
     generate_samples hf_token tags""".split())
 ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
 
@@ -317,9 +318,11 @@ def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, 
     out, unknown, without = {}, [], []
     for name, value in values.items():
         key = name.replace("-", "_")
-        for new, v in (TURNED[key](value, values) if key in TURNED else {ALIASES.get(key, key): value}).items():
+        turned = TURNED[key](value, values) if key in TURNED else {ALIASES.get(key, key): value}
+        for new, v in turned.items():
             if new in leaf_names() or new in entry: out[new] = v
-            elif new in ENTRY: raise ValueError(f"{name} is an argument of the command, not a setting: give it there")
+            elif new in ENTRY:
+                raise ValueError(f"{name} is an argument of the command, not a setting: give it there")
             else: (without if new in IGNORED else unknown).append(name)
     if unknown:
         known = [*leaf_names(), *ALIASES, *TURNED, *entry]
@@ -328,8 +331,9 @@ def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, 
     if without: note(f"accepted without effect: {', '.join(sorted(without))}")
     return out
 
+@cache
 def note(text: str) -> None:
-    "Say something once on the error channel, without a source line"
+    "Say something on the error channel, once, without a source line"
     print(f"minigpt: {text}", file=sys.stderr, flush=True)
 
 # %% ../nbs/00_config.ipynb #75f09a40
@@ -424,8 +428,8 @@ def production() -> RunConfig:
     return size(4096, 32, 32, 8192, n_kv_head=8, d_ff=14336, vocab_size=128256, position="rotary",
                 rope_theta=500000.0, norm="rmsnorm", activation="swiglu", bias=False, tie_embeddings=False,
                 activation_checkpointing=True, data="hf:wikitext:wikitext-103-raw-v1",
-                tokenizer="hf:meta-llama/Meta-Llama-3-8B", val_fraction=0.01, batch_size=1, grad_accum_steps=8,
-                max_steps=10000, learning_rate=3e-4, warmup_steps=500, eval_tokens=2**20)
+                tokenizer="hf:meta-llama/Meta-Llama-3-8B", val_fraction=0.01, batch_size=1,
+                grad_accum_steps=8, max_steps=10000, learning_rate=3e-4, warmup_steps=500, eval_tokens=2**20)
 
 def stable() -> RunConfig:
     "`tiny` with everything that keeps numbers small, for a run that went to NaN"
@@ -439,12 +443,15 @@ DEFAULT_PRESET = "tiny"
 # %% ../nbs/00_config.ipynb #159ba313
 def resolve(preset: str | None = None, config: str | Path | None = None, **overrides: Any) -> RunConfig:
     "The config of a preset, a file and overrides, in rising precedence; a file may name its preset itself"
-    values = read_settings(config) if config else {}
-    named = values.pop("preset", None)
-    entry, _ = take(values, ENTRY)
-    cfg = RunConfig.preset(preset or named or DEFAULT_PRESET)
-    if values := {k: v for k, v in values.items() if k not in entry}: cfg = cfg.override(**values)
-    return cfg.override(**overrides) if overrides else cfg
+    values, entry = read_config(config)
+    cfg = RunConfig.preset(preset or entry.get("preset") or DEFAULT_PRESET)
+    return cfg.override(**values).override(**overrides)
+
+def read_config(path: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    "The leaves in a file, and the arguments of the command that it names as well (`gpus`, `run_name`)"
+    values = canonical(read_settings(path), ENTRY) if path else {}
+    entry, leaves = take(values, ENTRY)
+    return leaves, entry
 
 def take(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
     "The entries of `values` whose canonical name is in `names`, and the rest"
@@ -502,8 +509,9 @@ def from_flags(argv: list[str], cfg: RunConfig, prog: str = "minigpt", descripti
     canonical(dict.fromkeys(n for n in typed if n != "help"))
     parts = {f.name: unchecked(getattr(cfg, f.name)) for f in fields(cfg)}
     members = [(n, type(p), field(default_factory=lambda p=p: p)) for n, p in parts.items()]
-    parsed = tyro.cli(dataclasses.make_dataclass("Flags", members), args=argv, prog=prog, description=description,
-                      config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
+    flat_names = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
+    parsed = tyro.cli(dataclasses.make_dataclass("Flags", members), args=argv, prog=prog,
+                      description=description, config=flat_names)
     given = {n: getattr(getattr(parsed, section_of(n)), n) for n in typed} | turned
     return cfg.override(**given) if given else cfg
 
