@@ -253,7 +253,7 @@ class Run(Status, Records):
     "A run directory: what is in it, and how to add to it"
     def __init__(self, path: "str | Path"):
         self.path = Path(os.path.abspath(path))
-        self.supervisor = None  # set by launch: an object with .kill()
+        self.supervisor = None  # set by launch: an object with .kill() and .wait(s)
 
     def __reduce__(self): return Run, (self.path,)  # other processes get the path alone
     def __eq__(self, other): return isinstance(other, Run) and self.path == other.path
@@ -433,6 +433,7 @@ def wait_for(run: Run, poll_s: float = 0.5, progress: bool | Callable[[str], Non
                 raise
             asked = True
             run.stop()
+    if run.supervisor is not None: run.supervisor.wait(10)  # its ranks are about to leave
     status = run.status
     if status["state"] != "failed": return run
     raise RunFailed(f"run {run.name} failed: {failure(status)}", status.get("failed_rank"))

@@ -117,7 +117,7 @@ def wrap(module: torch.nn.Module, process: Process) -> torch.nn.Module:
     "`module` whose backward pass averages gradients over ranks; itself when this process is alone"
     if not dist.is_initialized(): return module
     ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
 
 def no_sync(module: torch.nn.Module, last: bool) -> AbstractContextManager:
     "Around the forward and backward pass of a micro-batch: only the `last` one of a step exchanges gradients"
