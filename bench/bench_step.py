@@ -1,18 +1,19 @@
 """Speed and peak memory of one training step, against nanoGPT's model and step.
 
-    python bench/bench_step.py --peer PATH_TO_NANOGPT [--shape words] [--dtype float32 bfloat16] [--rounds 7] [--json FILE]
+    python bench/bench_step.py --peer PATH_TO_NANOGPT [--shape words] [--dtype float32 bfloat16] [--rounds 7]
 
-Contenders live in processes of their own and take turns (A B, B A, ...), each with one thread, timed by its own CPU clock.
-Both start from the same weights and read the same tokens; the losses of their first five steps are compared before anything
-is timed. The third contender is the floor: every matrix product of the step at its own shape, and nothing else. Without
---peer only ours and the floor are run.
+Contenders live in processes of their own and take turns (A B, B A, ...), each with one thread, timed by its
+own CPU clock. Both start from the same weights and read the same tokens; the losses of their first five steps are
+compared before anything is timed. The third contender is the floor: every matrix product of the step at its
+own shape, and nothing else. Without --peer only ours and the floor are run.
 """
 import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 SHAPES = dict(words=dict(n_layer=6, n_head=6, d_model=384, context_length=256, vocab_size=50304),
               bytes=dict(n_layer=6, n_head=6, d_model=384, context_length=256, vocab_size=256),
-              shakespeare=dict(n_layer=4, n_head=4, d_model=128, context_length=64, vocab_size=65, bias=False))
+              shakespeare=dict(n_layer=4, n_head=4, d_model=128, context_length=64, vocab_size=65,
+                               bias=False))
 BATCH = dict(words=4, bytes=4, shakespeare=12)
 STEPS = dict(words=2, bytes=4, shakespeare=60)     # of a turn
 LR, BETAS, DECAY, CLIP, CHECKED = 1e-3, (0.9, 0.95), 0.1, 1.0, 5
@@ -24,7 +25,8 @@ def batches(args):
     import torch
     rng, shape = torch.Generator().manual_seed(1), SHAPES[args.shape]
     while True:
-        rows = torch.randint(shape["vocab_size"], (args.batch_size, shape["context_length"] + 1), generator=rng)
+        size = (args.batch_size, shape["context_length"] + 1)
+        rows = torch.randint(shape["vocab_size"], size, generator=rng)
         yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
@@ -36,8 +38,9 @@ def nanogpt(args):
         from model import GPT, GPTConfig
         torch.manual_seed(0)
         shape = SHAPES[args.shape]
-        model = GPT(GPTConfig(block_size=shape["context_length"], vocab_size=shape["vocab_size"], n_layer=shape["n_layer"],
-                              n_head=shape["n_head"], n_embd=shape["d_model"], dropout=0.0, bias=shape.get("bias", True)))
+        model = GPT(GPTConfig(block_size=shape["context_length"], vocab_size=shape["vocab_size"],
+                              n_layer=shape["n_layer"], n_head=shape["n_head"], n_embd=shape["d_model"],
+                              dropout=0.0, bias=shape.get("bias", True)))
         opt = model.configure_optimizers(DECAY, LR, BETAS, "cpu")
     torch.save({k: v for k, v in model.state_dict().items() if k != "lm_head.weight"}, args.weights)
     for tokens, targets in batches(args):
@@ -67,10 +70,11 @@ def ours(args):
         for old, new in names.items(): state = {k.replace(old, new): v for k, v in state.items()}
         model.load_state_dict(state)
         del state
-    opt = make_optimizer(model, OptimConfig(learning_rate=LR, weight_decay=DECAY, betas=BETAS), torch.device("cpu"))
+    opt = make_optimizer(model, OptimConfig(learning_rate=LR, weight_decay=DECAY, betas=BETAS), "cpu")
     step, params = TrainStep(model), list(model.parameters())
     for tokens, targets in batches(args):
-        with torch.autocast("cpu", enabled=args.dtype == "bfloat16"): loss = step(tokens, targets) / targets.numel()
+        with torch.autocast("cpu", enabled=args.dtype == "bfloat16"):
+            loss = step(tokens, targets) / targets.numel()
         loss.backward()
         clip_grad_norm(params, CLIP)
         opt.step()
@@ -95,7 +99,7 @@ def floor(args):
     while True:
         for x, w, y, dx, dw in (buffers(*s) for s in shapes):
             torch.mm(x, w.T, out=y); torch.mm(y, w, out=dx); torch.mm(y.T, x, out=dw)
-        for _ in range(3 * L): torch.bmm(table, side)          # six products a layer, of which the causal mask needs half
+        for _ in range(3 * L): torch.bmm(table, side)   # six products a layer, half of them masked
         yield 0.0
 
 
@@ -123,7 +127,7 @@ class Contender:
 
     def run(self, steps):
         print(steps, file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline() or sys.exit("a contender died: its message is above"))
+        answer = json.loads(self.process.stdout.readline() or sys.exit("a contender died: see above"))
         self.rss = answer["rss"]
         return answer
 
@@ -136,7 +140,7 @@ def measure(args, dtype):
     with tempfile.TemporaryDirectory() as folder:
         weights, names = f"{folder}/weights.pt", (["nanogpt"] if args.peer else []) + ["ours", "floor"]
         contenders, losses = {}, {}
-        for name in names:                                      # the first one writes the weights that the next one reads
+        for name in names:                     # the first one writes the weights that the next one reads
             contenders[name] = Contender(name, args, dtype, weights)
             losses[name] = contenders[name].run(CHECKED)["losses"]
         if args.peer:
@@ -147,13 +151,14 @@ def measure(args, dtype):
             for name in names if i % 2 else names[::-1]:
                 contenders[name].times.append(contenders[name].run(args.steps)["cpu_s"] / args.steps)
         for c in contenders.values(): c.close()
-    base, rows = contenders[names[0]], []
+    base, rows, tokens = contenders[names[0]], [], args.batch_size * SHAPES[args.shape]["context_length"]
+    floor_times = contenders["floor"].times
     for name, c in contenders.items():
         ratios = [a / b for a, b in zip(base.times, c.times)]
         rows.append(dict(dtype=dtype, contender=name, first_losses=losses[name],
-                         tok_per_s=args.batch_size * SHAPES[args.shape]["context_length"] / statistics.median(c.times),
+                         tok_per_s=tokens / statistics.median(c.times),
                          ratio=statistics.median(ratios), ratio_min=min(ratios), ratio_max=max(ratios),
-                         share_of_floor=statistics.median(f / t for f, t in zip(contenders["floor"].times, c.times)),
+                         share_of_floor=statistics.median(f / t for f, t in zip(floor_times, c.times)),
                          peak_gb=c.rss / 1e9, memory_ratio=c.rss / base.rss))
     return rows
 
@@ -173,15 +178,18 @@ def main():
     args.batch_size, args.steps = args.batch_size or BATCH[args.shape], args.steps or STEPS[args.shape]
     if args.worker: args.dtype = args.dtype[0]; return worker(args)
     import torch
-    machine = dict(torch=torch.__version__, machine=platform.machine(), cores=os.cpu_count(), clock="process CPU, 1 thread",
-                   batch_size=args.batch_size, rounds=args.rounds, shape=SHAPES[args.shape], load_before=os.getloadavg())
+    machine = dict(torch=torch.__version__, machine=platform.machine(), cores=os.cpu_count(),
+                   clock="process CPU, 1 thread", batch_size=args.batch_size, rounds=args.rounds,
+                   shape=SHAPES[args.shape], load_before=os.getloadavg())
     rows = [row for dtype in args.dtype for row in measure(args, dtype)]
-    print(f"{'dtype':9} {'contender':9} {'tok/s':>7} {'ratio [min..max]':>20} {'of floor':>8} {'peak GB':>8} {'ratio':>6}")
+    print(f"{'dtype':9} {'contender':9} {'tok/s':>7} {'ratio [min..max]':>20} {'of floor':>8} "
+          f"{'peak GB':>8} {'ratio':>6}")
     for r in rows:
         spread = f"{r['ratio']:.2f} [{r['ratio_min']:.2f}..{r['ratio_max']:.2f}]"
-        print(f"{r['dtype']:9} {r['contender']:9} {r['tok_per_s']:7.0f} {spread:>20} {r['share_of_floor']:8.0%} "
-              f"{r['peak_gb']:8.2f} {r['memory_ratio']:6.2f}")
-    if args.json: Path(args.json).write_text(json.dumps(machine | dict(load_after=os.getloadavg(), rows=rows), indent=1))
+        print(f"{r['dtype']:9} {r['contender']:9} {r['tok_per_s']:7.0f} {spread:>20} "
+              f"{r['share_of_floor']:8.0%} {r['peak_gb']:8.2f} {r['memory_ratio']:6.2f}")
+    machine |= dict(load_after=os.getloadavg(), rows=rows)
+    if args.json: Path(args.json).write_text(json.dumps(machine, indent=1))
 
 
 if __name__ == "__main__": main()
