@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PIECE', 'Piece', 'ROWS', 'TOY', 'cut_at', 'in_pieces', 'read_text', 'without_bom', 'not_text', 'not_utf8', 'lines',
-           'no_column', 'read_jsonl', 'read_csv', 'read_parquet', 'Corpus', 'digest', 'function_corpus',
+           'no_column', 'read_jsonl', 'read_csv', 'read_parquet', 'Corpus', 'digest', 'is_function', 'function_corpus',
            'iterable_corpus', 'looks_binary', 'hash_of', 'remembered', 'files_corpus', 'counted_empty', 'well_formed',
            'path_files', 'hidden', 'missing', 'stdlib_corpus', 'toy_corpus', 'hub_corpus', 'open_corpus', 'mix',
            'validation_mask', 'split_documents', 'split_tail']
@@ -31,7 +31,7 @@ def cut_at(text: str, end: int) -> int:
     return end
 
 def in_pieces(blocks: Iterable[str], size: int = PIECE) -> Iterator[Piece]:
-    "One document, given in blocks of any length, as pieces of at most 2 `size` characters; nothing when it is empty"
+    "One document, given in blocks of any length, as pieces of at most 2 `size` characters; none if empty"
     rest, begins = "", True
     for block in blocks:
         rest, start = rest + block, 0
@@ -52,18 +52,22 @@ def read_text(path: Path, errors: str = "strict", block: int = 2**20) -> Iterato
             data = without_bom(path, raw) if f.tell() == len(raw) else raw
             if (at := data.find(0)) >= 0: raise not_text(path, f.tell() - len(data) + at)
             try: yield decoder.decode(data, final=not raw)
-            except UnicodeDecodeError as e: raise not_utf8(path, f.tell() - len(e.object) + e.start, e.object[e.start]) from None
+            except UnicodeDecodeError as e:
+                raise not_utf8(path, f.tell() - len(e.object) + e.start, e.object[e.start]) from None
             if not raw: return
 
 def without_bom(path: Path, data: bytes) -> bytes:
-    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE): raise ValueError(f"{path} is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
+    if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise ValueError(f"{path} is UTF-16: convert it to UTF-8, as with iconv -f UTF-16 -t UTF-8")
     return data.removeprefix(codecs.BOM_UTF8)
 
 def not_text(path: Path, offset: int) -> ValueError:
-    return ValueError(f"{path} is binary (a zero byte at offset {offset:,}): give a text, jsonl, csv or parquet file")
+    return ValueError(f"{path} is binary (a zero byte at offset {offset:,}): give a text, jsonl, csv or "
+                      f"parquet file")
 
 def not_utf8(path: Path, offset: int, byte: int) -> ValueError:
-    return ValueError(f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {offset:,}): convert it, or give errors=replace or errors=ignore")
+    return ValueError(f"{path} is not UTF-8 (byte 0x{byte:02x} at offset {offset:,}): convert it, or give "
+                      f"errors=replace or errors=ignore")
 
 # %% ../../nbs/11_data.corpus.ipynb #e851af04
 def lines(path: Path, errors: str) -> Iterator[str]:
@@ -74,20 +78,25 @@ def lines(path: Path, errors: str) -> Iterator[str]:
             line = raw if i else without_bom(path, raw)
             if (at := line.find(0)) >= 0: raise not_text(path, offset + len(raw) - len(line) + at)
             try: yield line.decode("utf-8", errors)
-            except UnicodeDecodeError as e: raise not_utf8(path, offset + len(raw) - len(line) + e.start, line[e.start]) from None
+            except UnicodeDecodeError as e:
+                raise not_utf8(path, offset + len(raw) - len(line) + e.start, line[e.start]) from None
             offset += len(raw)
 
 def no_column(path: object, column: str, columns: Iterable[str]) -> ValueError:
     columns = [str(c) for c in columns]
-    return ValueError(f"{path} has no column {column!r}{did_you_mean(column, columns)}: give text_column as one of {', '.join(columns)}")
+    return ValueError(f"{path} has no column {column!r}{did_you_mean(column, columns)}: give text_column as "
+                      f"one of {', '.join(columns)}")
 
 def read_jsonl(path: Path, column: str, errors: str) -> Iterator[str | None]:
     first = True
     for number, line in enumerate(lines(path, errors), 1):
         if not line.strip(): continue
         try: row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as e: raise ValueError(f"{path} line {number} is not JSON ({e}): expected one object a line") from None
-        if not isinstance(row, dict): raise ValueError(f"{path} line {number} is a {type(row).__name__}: expected an object with {column!r}")
+        except (json.JSONDecodeError, RecursionError) as e:
+            raise ValueError(f"{path} line {number} is not JSON ({e}): expected one object a line") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is a {type(row).__name__}: expected an object with "
+                             f"{column!r}")
         if first and column not in row: raise no_column(path, column, row)
         first = False
         yield row.get(column)
@@ -103,10 +112,12 @@ def read_csv(path: Path, column: str, errors: str) -> Iterator[str | None]:
 def read_parquet(path: Path, column: str, errors: str) -> Iterator[str | None]:
     import pyarrow, pyarrow.parquet
     try: file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowInvalid as e: raise ValueError(f"{path} is not a parquet file: {str(e).splitlines()[0]}") from None
+    except pyarrow.ArrowInvalid as e:
+        raise ValueError(f"{path} is not a parquet file: {str(e).splitlines()[0]}") from None
     with file:
         if column not in file.schema_arrow.names: raise no_column(path, column, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=256, columns=[column]): yield from batch.column(0).to_pylist()
+        for batch in file.iter_batches(batch_size=256, columns=[column]):
+            yield from batch.column(0).to_pylist()
 
 ROWS = {".jsonl": read_jsonl, ".ndjson": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
 
@@ -119,7 +130,7 @@ class Corpus:
     identity: Callable[[], str] = field(repr=False)  # hash of the contents
     total_bytes: int | None = None                   # of the text, where it is known before reading
     limit: int | None = None                         # documents
-    skipped: int = 0                                 # documents without text, or not readable as text, in the latest pass
+    skipped: int = 0                                 # documents without text in the latest pass
     counted: tuple[int, int] | None = field(default=None, repr=False)
 
     def pieces(self) -> Iterator[Piece]:
@@ -129,7 +140,8 @@ class Corpus:
             if begins and documents == self.limit: return
             documents += begins
             yield text, begins
-        if not documents: raise ValueError(f"{self.name} holds no text ({self.skipped} documents skipped): give other data")
+        if not documents:
+            raise ValueError(f"{self.name} holds no text ({self.skipped} documents skipped): give other data")
 
     def documents(self) -> Iterator[str]:
         "Whole documents, each in memory"
@@ -154,7 +166,9 @@ class Corpus:
     def row(self, text: object, where: object = None) -> Iterator[Piece]:
         "One document that is already in memory; None and empty text are skipped"
         if text is None or text == "": self.skipped += 1; return
-        if not isinstance(text, str): raise ValueError(f"{where or self.name} holds a {type(text).__name__}, {str(text)[:40]!r}: expected text")
+        if not isinstance(text, str):
+            raise ValueError(f"{where or self.name} holds a {type(text).__name__}, {str(text)[:40]!r}: "
+                             f"expected text")
         yield from in_pieces([text])
 
 # %% ../../nbs/11_data.corpus.ipynb #0493916b
@@ -166,12 +180,19 @@ def digest(texts: Iterable[str | bytes]) -> str:
         h.update(len(data).to_bytes(8, "little")); h.update(data)
     return h.hexdigest()
 
+def is_function(data: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", data)) and not Path(data).exists()
+
 def function_corpus(ref: str) -> Corpus:
     "Documents that a function of yours returns; ValueError when it cannot be called"
     module, _, name = ref.partition(":")
     try: function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e: raise ValueError(f"data={ref!r} cannot be imported ({e}): give module:function from an importable module") from None
-    if not callable(function): raise ValueError(f"data={ref!r} is a {type(function).__name__}: give a function that returns documents")
+    except (ImportError, AttributeError) as e:
+        raise ValueError(f"data={ref!r} cannot be imported ({e}): give module:function of a module that can "
+                         f"be") from None
+    if not callable(function):
+        raise ValueError(f"data={ref!r} is a {type(function).__name__}: give a function that returns "
+                         f"documents")
     return iterable_corpus(ref, function)
 
 def iterable_corpus(name: str, function: Callable[[], Iterable[str]]) -> Corpus:
@@ -194,7 +215,7 @@ def hash_of(path: Path, root: Path) -> str:
     known = remembered(memory) if large else {}
     if key in known and known[key][:2] == seen: return known[key][2]
     with open(path, "rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-    if large and time.time_ns() - stat.st_mtime_ns > 2e9:  # a file that is still written may change again without a new time
+    if large and time.time_ns() - stat.st_mtime_ns > 2e9:  # one just written may change again
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memory, json.dumps(remembered(memory) | {key: [*seen, found]}))
@@ -204,10 +225,11 @@ def hash_of(path: Path, root: Path) -> str:
 def remembered(memory: Path) -> dict[str, list]:
     try: known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
-    return {k: v for k, v in known.items() if isinstance(v, list) and len(v) == 3} if isinstance(known, dict) else {}
+    if not isinstance(known, dict): return {}
+    return {k: v for k, v in known.items() if isinstance(v, list) and len(v) == 3}
 
 # %% ../../nbs/11_data.corpus.ipynb #addc40ca
-def files_corpus(name: str, files: list[Path], cfg: CorpusConfig, root: Path, identity: tuple[str, ...] = ()) -> Corpus:
+def files_corpus(name: str, files: list[Path], cfg: CorpusConfig, root: Path) -> Corpus:
     "Documents of text files and tables"
     def read(corpus: Corpus) -> Iterator[Piece]:
         for path in files:
@@ -215,10 +237,9 @@ def files_corpus(name: str, files: list[Path], cfg: CorpusConfig, root: Path, id
                 for text in reader(path, cfg.text_column, cfg.errors):
                     yield from corpus.row(well_formed(text, cfg.errors, path), path)
             else: yield from counted_empty(in_pieces(read_text(path, cfg.errors)), corpus)
-    tables = any(p.suffix.lower() in ROWS for p in files)
-    return Corpus(name, read, lambda: digest([*identity, *(p.suffix.lower() if p.suffix.lower() in ROWS else "" for p in files),
-                                              *(hash_of(p, root) for p in files)]),
-                  total_bytes=None if tables else sum(p.stat().st_size for p in files))
+    kinds = [p.suffix.lower() if p.suffix.lower() in ROWS else "" for p in files]
+    return Corpus(name, read, lambda: digest([*kinds, *(hash_of(p, root) for p in files)]),
+                  total_bytes=None if any(kinds) else sum(p.stat().st_size for p in files))
 
 def counted_empty(pieces: Iterator[Piece], corpus: Corpus) -> Iterator[Piece]:
     empty = True
@@ -230,7 +251,9 @@ def well_formed(text: object, errors: str, path: Path) -> object:
     if not isinstance(text, str) or text.isascii(): return text
     try: text.encode("utf-8")
     except UnicodeEncodeError as e:
-        if errors == "strict": raise ValueError(f"{path} holds the lone surrogate {e.object[e.start]!a}: repair it, or give errors=replace or errors=ignore") from None
+        if errors == "strict":
+            raise ValueError(f"{path} holds the lone surrogate {e.object[e.start]!a}: repair it, or give "
+                             f"errors=replace or errors=ignore") from None
         return text.encode("utf-8", errors).decode("utf-8")
     return text
 
@@ -242,24 +265,29 @@ def path_files(data: str) -> list[Path]:
         if path.stat().st_size == 0: raise ValueError(f"{path} is empty: give a file with text")
         if looks_binary(path): list(read_text(path))  # raises with the offset
         return [path]
-    if path.is_dir(): found, where = sorted(p for p in path.rglob("*") if not hidden(p.relative_to(path))), f"the folder {path}"
-    elif glob.has_magic(data): found, where = sorted(Path(p) for p in glob.glob(str(path), recursive=True)), f"the glob {data!r}"
+    if path.is_dir(): found = sorted(p for p in path.rglob("*") if not hidden(p.relative_to(path)))
+    elif glob.has_magic(data): found = sorted(Path(p) for p in glob.glob(str(path), recursive=True))
     else: raise ValueError(missing(data, path))
     files = [p for p in found if p.is_file() and p.stat().st_size and not looks_binary(p)]
-    if not files: raise ValueError(f"{where} names no file with text ({len(found)} names in all): give text, jsonl, csv or parquet files")
+    if not files:
+        raise ValueError(f"data={data!r} names no file with text ({len(found)} names in all): give text, "
+                         f"jsonl, csv or parquet files")
     return files
 
-def hidden(path: Path) -> bool: return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+def hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 def missing(data: str, path: Path) -> str:
-    try: near = did_you_mean(data, ["stdlib", "toy"]) or did_you_mean(path.name, [p.name for p in path.parent.iterdir()])
-    except OSError: near = ""
+    try: beside = [p.name for p in path.parent.iterdir()]
+    except OSError: beside = []
+    near = did_you_mean(data, ["stdlib", "toy"]) or did_you_mean(path.name, beside)
     return f"data={data!r} does not exist{near}: give stdlib, toy, a path, a glob, hf:NAME or module:function"
 
 # %% ../../nbs/11_data.corpus.ipynb #f72e47f3
 def stdlib_corpus(root: Path) -> Corpus:
     "Python's own source files, without tests, idlelib and installed packages; undecodable ones are skipped"
-    base, without = Path(sysconfig.get_path("stdlib")), {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
+    base = Path(sysconfig.get_path("stdlib"))
+    without = {"test", "tests", "idlelib", "site-packages", "dist-packages", "__pycache__"}
     files = sorted(p for p in base.rglob("*.py") if not without & set(p.relative_to(base).parts))
     if not files: raise ValueError(f"this Python has no source files in {base}: give other data, as toy")
     def read(corpus: Corpus) -> Iterator[Piece]:
@@ -267,58 +295,127 @@ def stdlib_corpus(root: Path) -> Corpus:
             try: text = path.read_bytes().decode("utf-8")
             except UnicodeDecodeError: corpus.skipped += 1; continue
             yield from corpus.row(text)
-    return Corpus("stdlib", read, lambda: digest([platform.python_version(), *(hash_of(p, root) for p in files)]),
-                  total_bytes=sum(p.stat().st_size for p in files))
+    def identity() -> str: return digest([platform.python_version(), *(hash_of(p, root) for p in files)])
+    return Corpus("stdlib", read, identity, total_bytes=sum(p.stat().st_size for p in files))
 
 # %% ../../nbs/11_data.corpus.ipynb #2434913b
 TOY = """
-A language model reads a text from left to right and guesses what comes next. It does not answer yes or no: it gives a probability to every token that could follow. When the true token had a high probability the loss is small, when it had a low one the loss is large. Training is nothing but this question, asked many millions of times.
+A language model reads a text from left to right and guesses what comes next. It does not answer yes
+or no: it gives a probability to every token that could follow. When the true token had a high
+probability the loss is small, when it had a low one the loss is large. Training is nothing but this
+question, asked many millions of times.
 
-A token is a piece of text with a number. It may be a byte, a character, or a part of a word that occurs often. The tokenizer turns text into numbers before training, and numbers into text after sampling. The model itself has never seen a letter: it knows that token 17 often comes after token 4, and that is where all of its grammar begins.
+A token is a piece of text with a number. It may be a byte, a character, or a part of a word that
+occurs often. The tokenizer turns text into numbers before training, and numbers into text after
+sampling. The model itself has never seen a letter: it knows that token 17 often comes after token
+4, and that is where all of its grammar begins.
 
-The embedding gives every token a vector. At first the vectors are random, and no two tokens have anything to do with each other. After training, tokens that are used in the same way lie close together. A second table holds a vector for each position, or the positions are turned into rotations, so that the model knows what came first.
+The embedding gives every token a vector. At first the vectors are random, and no two tokens have
+anything to do with each other. After training, tokens that are used in the same way lie close
+together. A second table holds a vector for each position, or the positions are turned into
+rotations, so that the model knows what came first.
 
-Attention lets a position look back. Each position asks a question, its query, and every earlier position offers a key and a value. Where the query fits the key, the value is taken over. A causal mask hides the future, since a model that could read the next token would have nothing left to learn from it.
+Attention lets a position look back. Each position asks a question, its query, and every earlier
+position offers a key and a value. Where the query fits the key, the value is taken over. A causal
+mask hides the future, since a model that could read the next token would have nothing left to learn
+from it.
 
-A transformer block has two parts. Attention moves information between positions, and the feed-forward part thinks about each position alone. Both add their result to the same stream, which runs from the first block to the last. Without this shortcut the gradient would fade on its way down, and deep models could not be trained.
+A transformer block has two parts. Attention moves information between positions, and the
+feed-forward part thinks about each position alone. Both add their result to the same stream, which
+runs from the first block to the last. Without this shortcut the gradient would fade on its way
+down, and deep models could not be trained.
 
-Normalisation keeps numbers at a sensible size. Layer norm takes away the mean and divides by the deviation; the simpler RMS norm only divides. Placed before each part of a block, it makes training calm. Placed after it, as in the first papers, it needs a long warmup and a careful hand, and often fails without either.
+Normalisation keeps numbers at a sensible size. Layer norm takes away the mean and divides by the
+deviation; the simpler RMS norm only divides. Placed before each part of a block, it makes training
+calm. Placed after it, as in the first papers, it needs a long warmup and a careful hand, and often
+fails without either.
 
-The loss is the negative logarithm of the probability that the model gave to the true token. It is measured in nats per token. A model that knows nothing about a vocabulary of 256 tokens has a loss of 5.5, the logarithm of 256. When a run starts far above that number, something is wrong with its initial weights.
+The loss is the negative logarithm of the probability that the model gave to the true token. It is
+measured in nats per token. A model that knows nothing about a vocabulary of 256 tokens has a loss
+of 5.5, the logarithm of 256. When a run starts far above that number, something is wrong with its
+initial weights.
 
-Perplexity is the exponential of the loss. It says among how many tokens the model hesitates, as if all of them were equally likely. A perplexity of one is perfect knowledge. On a small text that is read again and again it comes close to that, and the model has then learned the text by heart, which is not the same as the language.
+Perplexity is the exponential of the loss. It says among how many tokens the model hesitates, as if
+all of them were equally likely. A perplexity of one is perfect knowledge. On a small text that is
+read again and again it comes close to that, and the model has then learned the text by heart, which
+is not the same as the language.
 
-The gradient says in which direction the loss grows, for each weight alone. The optimiser takes a small step the other way. How small is the learning rate, the number that matters most. Too large, and the loss jumps and never comes down; too small, and the evening ends before the training does.
+The gradient says in which direction the loss grows, for each weight alone. The optimiser takes a
+small step the other way. How small is the learning rate, the number that matters most. Too large,
+and the loss jumps and never comes down; too small, and the evening ends before the training does.
 
-Warmup means that the learning rate starts near zero and grows for some hundred steps. The statistics of the optimiser are still poor at that time, and large steps in a poor direction do harm that is slow to repair. After the warmup the rate falls along a cosine, until it is a tenth of its peak.
+Warmup means that the learning rate starts near zero and grows for some hundred steps. The
+statistics of the optimiser are still poor at that time, and large steps in a poor direction do harm
+that is slow to repair. After the warmup the rate falls along a cosine, until it is a tenth of its
+peak.
 
-Weight decay pulls every matrix a little towards zero. Vectors, such as biases and the gains of a norm, are left alone. The effect on the loss of a short run can hardly be seen, but over a long one the weights stay small, and small weights keep the numbers in a range where half precision can still hold them.
+Weight decay pulls every matrix a little towards zero. Vectors, such as biases and the gains of a
+norm, are left alone. The effect on the loss of a short run can hardly be seen, but over a long one
+the weights stay small, and small weights keep the numbers in a range where half precision can still
+hold them.
 
-Clipping limits the length of the gradient. A single strange batch may give a gradient a hundred times longer than usual, and one such step can undo the work of an hour. The gradient is then made shorter, but its direction is kept. When clipping happens at every step, the learning rate is too high.
+Clipping limits the length of the gradient. A single strange batch may give a gradient a hundred
+times longer than usual, and one such step can undo the work of an hour. The gradient is then made
+shorter, but its direction is kept. When clipping happens at every step, the learning rate is too
+high.
 
-Data parallel training puts the same model on every device and gives each its own part of the batch. After the backward pass the gradients are averaged over all devices, so that every copy takes the same step. As long as that holds, eight devices do exactly what one would do, only faster.
+Data parallel training puts the same model on every device and gives each its own part of the batch.
+After the backward pass the gradients are averaged over all devices, so that every copy takes the
+same step. As long as that holds, eight devices do exactly what one would do, only faster.
 
-A rank is one process among several. Rank zero writes the checkpoints and the logs, but otherwise it is no different from the others. When one rank stops, the others wait for its part of the sum, and they would wait for ever. So a run needs somebody who watches it, ends it, and says which rank was the first to fail.
+A rank is one process among several. Rank zero writes the checkpoints and the logs, but otherwise it
+is no different from the others. When one rank stops, the others wait for its part of the sum, and
+they would wait for ever. So a run needs somebody who watches it, ends it, and says which rank was
+the first to fail.
 
-Accumulation makes a large batch out of small ones. The gradients of several micro-batches are added before the optimiser takes its step. It costs no memory, only time. What must not change is the sum: four batches of eight have to give the same step as one of thirty-two, to the last digits that the arithmetic allows.
+Accumulation makes a large batch out of small ones. The gradients of several micro-batches are added
+before the optimiser takes its step. It costs no memory, only time. What must not change is the sum:
+four batches of eight have to give the same step as one of thirty-two, to the last digits that the
+arithmetic allows.
 
-A checkpoint is a run that sleeps. It holds the weights, the moments of the optimiser, the number of samples that were read, and the tokenizer. Whoever wakes it must get the same loss at the next step as if nothing had happened. If a bit has changed on the disk, it is better to say so than to train on.
+A checkpoint is a run that sleeps. It holds the weights, the moments of the optimiser, the number of
+samples that were read, and the tokenizer. Whoever wakes it must get the same loss at the next step
+as if nothing had happened. If a bit has changed on the disk, it is better to say so than to train
+on.
 
-The order of the samples is drawn anew in each epoch, but it is not random in the usual sense. It is a function of the seed and the epoch, and can be computed for any place without computing the places before it. So a run can be stopped on eight devices and go on with three, and no sample is read twice.
+The order of the samples is drawn anew in each epoch, but it is not random in the usual sense. It is
+a function of the seed and the epoch, and can be computed for any place without computing the places
+before it. So a run can be stopped on eight devices and go on with three, and no sample is read
+twice.
 
-Validation text is never trained on. It is set aside before anything else is done, since a text that is repeated first and divided later will appear on both sides. When the training loss falls and the validation loss rises, the model has begun to remember instead of to understand, and it is time to stop.
+Validation text is never trained on. It is set aside before anything else is done, since a text that
+is repeated first and divided later will appear on both sides. When the training loss falls and the
+validation loss rises, the model has begun to remember instead of to understand, and it is time to
+stop.
 
-Half precision stores a number in sixteen bits. Products are fast and memory is saved, but small gradients may vanish and large sums may overflow. The range of bfloat16 is that of single precision, its accuracy is less. The float16 format is more exact, but it needs a scale for the loss that is adjusted as training goes on.
+Half precision stores a number in sixteen bits. Products are fast and memory is saved, but small
+gradients may vanish and large sums may overflow. The range of bfloat16 is that of single precision,
+its accuracy is less. The float16 format is more exact, but it needs a scale for the loss that is
+adjusted as training goes on.
 
-A NaN is what remains when a computation has no answer: zero divided by zero, or infinity minus infinity. It spreads. One value in one layer is enough to make the loss, the gradient and in the end every weight unusable. The question is never that it happened, but where it was born, and of which numbers.
+A NaN is what remains when a computation has no answer: zero divided by zero, or infinity minus
+infinity. It spreads. One value in one layer is enough to make the loss, the gradient and in the end
+every weight unusable. The question is never that it happened, but where it was born, and of which
+numbers.
 
-Sampling draws the next token from the probabilities of the model and adds it to the text. With a low temperature the likely tokens are preferred, and the text becomes safe and dull. With a high one it becomes bold, then wild. At zero the most likely token is always taken, and the model often ends in a circle.
+Sampling draws the next token from the probabilities of the model and adds it to the text. With a
+low temperature the likely tokens are preferred, and the text becomes safe and dull. With a high one
+it becomes bold, then wild. At zero the most likely token is always taken, and the model often ends
+in a circle.
 
-A cache of keys and values makes generation fast. Without it, every new token would compute the whole text again, although nothing in the past has changed. With it, only the newest position is computed, and it looks back at what was stored. The text must be the same with the cache and without it, and that is easy to test.
+A cache of keys and values makes generation fast. Without it, every new token would compute the
+whole text again, although nothing in the past has changed. With it, only the newest position is
+computed, and it looks back at what was stored. The text must be the same with the cache and without
+it, and that is easy to test.
 
-A seed makes chance repeatable. Two runs with the same seed, the same text and the same settings should give the same losses, figure by figure. If they do not, something enters that nobody wrote down: the time, the order of files in a folder, or the number of processes. It is worth finding, before it is needed.
+A seed makes chance repeatable. Two runs with the same seed, the same text and the same settings
+should give the same losses, figure by figure. If they do not, something enters that nobody wrote
+down: the time, the order of files in a folder, or the number of processes. It is worth finding,
+before it is needed.
 
-The best way to find a fault is to make the case small. Take two layers, ten steps, and a text of a few pages. Overfit a single batch: a model that cannot learn eight lines by heart will not learn a library. When that works, make one thing larger at a time, and look at what has changed.
+The best way to find a fault is to make the case small. Take two layers, ten steps, and a text of a
+few pages. Overfit a single batch: a model that cannot learn eight lines by heart will not learn a
+library. When that works, make one thing larger at a time, and look at what has changed.
 """.strip()
 
 def toy_corpus() -> Corpus:
@@ -329,12 +426,16 @@ def toy_corpus() -> Corpus:
 def hub_corpus(name: str, cfg: CorpusConfig) -> Corpus:
     "The rows of a Hugging Face data set; ValueError says what to do without network"
     import datasets
-    path, config = (name, None) if Path(name).expanduser().is_dir() else (*name.split(":", 1), None)[:2]
-    try: rows = datasets.load_dataset(str(Path(path).expanduser()) if config is None and Path(path).expanduser().is_dir() else path, config, split=cfg.hf_split)
+    local = Path(name).expanduser()
+    path, config = (str(local), None) if local.is_dir() else (*name.split(":", 1), None)[:2]
+    try: rows = datasets.load_dataset(path, config, split=cfg.hf_split)
     except (OSError, ValueError, RuntimeError) as e:
-        raise ValueError(f"the data set hf:{name} with hf_split={cfg.hf_split!r} could not be loaded: {' '.join(str(e).split())[:300]}. Without network, "
-                         "copy its parquet files to a folder from a machine that has them, and give data=FOLDER") from e
-    if cfg.text_column not in rows.column_names: raise no_column(f"hf:{name}", cfg.text_column, rows.column_names)
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        raise ValueError(f"the data set hf:{name} with hf_split={cfg.hf_split!r} could not be loaded: "
+                         f"{reason}. Without network, copy its parquet files to a folder, and give "
+                         f"data=FOLDER") from e
+    if cfg.text_column not in rows.column_names:
+        raise no_column(f"hf:{name}", cfg.text_column, rows.column_names)
     def read(corpus: Corpus) -> Iterator[Piece]:
         for batch in rows.select_columns([cfg.text_column]).iter(256):
             for text in batch[cfg.text_column]: yield from corpus.row(text)
@@ -348,7 +449,7 @@ def open_corpus(cfg: CorpusConfig, root: str | Path | None = None) -> Corpus:
     if data == "toy": corpus = toy_corpus()
     elif data == "stdlib": corpus = stdlib_corpus(root)
     elif data.startswith("hf:"): corpus = hub_corpus(data.removeprefix("hf:"), cfg)
-    elif re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", data) and not Path(data).exists(): corpus = function_corpus(data)
+    elif is_function(data): corpus = function_corpus(data)
     else: corpus = files_corpus(data, path_files(data), cfg, root)
     corpus.limit = cfg.corpus_documents
     return corpus
@@ -362,9 +463,9 @@ def mix(numbers: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 def validation_mask(n: int, val_fraction: float) -> np.ndarray:
-    "Which of `n` >= 2 documents are for validation (n,) bool: as near to `val_fraction` as can be, at least one on each side"
-    mask = np.zeros(n, bool)
-    if val_fraction: mask[np.argsort(mix(np.arange(n)), kind="stable")[:min(max(1, round(n * val_fraction)), n - 1)]] = True
+    "Which of `n` >= 2 documents are for validation (n,) bool: the nearest number, at least one on each side"
+    mask, count = np.zeros(n, bool), min(max(1, round(n * val_fraction)), n - 1)
+    if val_fraction: mask[np.argsort(mix(np.arange(n)), kind="stable")[:count]] = True
     return mask
 
 # %% ../../nbs/11_data.corpus.ipynb #4a3acfcd

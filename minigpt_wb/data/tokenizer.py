@@ -34,7 +34,7 @@ def wrap(backend, **more) -> "PreTrainedTokenizerFast":
     "A `tokenizers.Tokenizer` as PreTrainedTokenizerFast with an end-of-text id"
     from transformers import PreTrainedTokenizerFast
     if backend.token_to_id(EOT) is not None: more |= {"eos_token": EOT, "bos_token": EOT}
-    return with_eot(PreTrainedTokenizerFast(tokenizer_object=backend, clean_up_tokenization_spaces=False, **more))
+    return with_eot(PreTrainedTokenizerFast(tokenizer_object=backend, **more))
 
 def with_eot(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
     if end_token(tokenizer) is None: tokenizer.add_special_tokens({"eos_token": EOT})
@@ -42,12 +42,14 @@ def with_eot(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
     return tokenizer
 
 def end_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
-    known = (tokenizer.backend_tokenizer.token_to_id(t) for t in (EOT, tokenizer.eos_token, "<|end_of_text|>", "</s>", "<eos>") if t)
-    return next((i for i in known if i is not None), None)
+    names = (EOT, tokenizer.eos_token, "<|end_of_text|>", "</s>", "<eos>")
+    ids = (tokenizer.backend_tokenizer.token_to_id(name) for name in names if name)
+    return next((i for i in ids if i is not None), None)
 
 def eot_id(tokenizer: "PreTrainedTokenizerFast") -> int:
     "The id that stands between two documents"
-    if (found := end_token(tokenizer)) is None: raise ValueError("this tokenizer has no end-of-text token: load it with load_tokenizer, which adds one")
+    if (found := end_token(tokenizer)) is None:
+        raise ValueError("this tokenizer has no end-of-text token: use load_tokenizer, which adds one")
     return found
 
 # %% ../../nbs/10_data.tokenizer.ipynb #7ddab1de
@@ -65,8 +67,10 @@ def char_tokenizer(chars: Sequence[str]) -> "PreTrainedTokenizerFast":
     "The id of a character is its place in `chars`; end-of-text comes after the last"
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     vocab = {c: i for i, c in enumerate(chars)}
-    if len(vocab) != len(chars): raise ValueError(f"{len(chars) - len(vocab)} of {len(chars)} characters are given twice: give each one once")
-    backend = Tokenizer(models.WordLevel(vocab=vocab | {EOT: len(vocab)}, unk_token="<|unknown|>"))  # not in vocab: the unknown is an error
+    if len(vocab) != len(chars):
+        raise ValueError(f"{len(chars) - len(vocab)} of {len(chars)} characters are given twice")
+    # not in vocab: the unknown is an error
+    backend = Tokenizer(models.WordLevel(vocab=vocab | {EOT: len(vocab)}, unk_token="<|unknown|>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
     backend.add_special_tokens([EOT])
@@ -80,17 +84,20 @@ def chars_of(documents: Iterable[str]) -> list[str]:
 
 # %% ../../nbs/10_data.tokenizer.ipynb #828b3c73
 def bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    "Byte-level BPE with exactly `vocab_size` ids, end-of-text the last; ValueError when the text is too small for so many"
+    "Byte-level BPE with exactly `vocab_size` ids, end-of-text last; ValueError when the text is too small"
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    if vocab_size < 257: raise ValueError(f"bpe:{vocab_size} is too small: the 256 bytes and end-of-text need 257, 4096 to 65536 are usual")
+    if vocab_size < 257:
+        raise ValueError(f"bpe:{vocab_size} is too small: the 256 bytes and end-of-text need 257")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=byte_names(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, initial_alphabet=byte_names(),
+                                  show_progress=False)
     backend.train_from_iterator(documents, trainer)
     backend.add_special_tokens([EOT])
     if (found := backend.get_vocab_size()) != vocab_size:
-        raise ValueError(f"bpe:{vocab_size} needs more text: this one gives {found} ids. Give bpe:{found} or less")
+        raise ValueError(f"bpe:{vocab_size} needs more text: this one gives {found} ids. Give bpe:{found} "
+                         f"or less")
     return wrap(backend)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #3baac276
@@ -116,7 +123,8 @@ def find_table(backend) -> np.ndarray | str:
     if plain and kind is models.BPE and backend.get_vocab_size(False) == 256:
         probe = "a" + bytes(range(128)).decode() + "é"
         in_order = [backend.token_to_id(c) for c in byte_names()] == list(range(256))
-        if in_order and backend.encode(probe, add_special_tokens=False).ids == list(probe.encode()): return "bytes"
+        if in_order and backend.encode(probe, add_special_tokens=False).ids == list(probe.encode()):
+            return "bytes"
     if plain and kind is models.WordLevel:
         vocab = {c: i for c, i in backend.get_vocab(False).items() if c != EOT}
         one_each = vocab and all(len(c) == 1 for c in vocab)
@@ -128,10 +136,11 @@ def find_table(backend) -> np.ndarray | str:
 
 # %% ../../nbs/10_data.tokenizer.ipynb #a74ba4fc
 def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.ndarray]:
-    "Ids (n,) uint32 of each text; control tokens in it are plain text; ValueError names characters that have no id"
+    "Ids (n,) uint32 of each text, control tokens as plain text; ValueError names characters without an id"
     how = table(tokenizer)
     if isinstance(how, np.ndarray): return [char_ids(how, text) for text in texts]
-    if how == "bytes": return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32) for text in texts]
+    if how == "bytes":
+        return [np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint32) for text in texts]
     return encode_slowly(tokenizer, texts)
 
 def char_ids(ids: np.ndarray, text: str) -> np.ndarray:
@@ -139,8 +148,10 @@ def char_ids(ids: np.ndarray, text: str) -> np.ndarray:
     found = ids[np.minimum(points, len(ids) - 1)]
     if len(found) and found.min() < 0:
         unknown = [chr(p) for p in np.unique(points[found < 0])]
-        named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:8]) + (f" and {len(unknown) - 8} more" if len(unknown) > 8 else "")
-        raise ValueError(f"the vocabulary of {(ids >= 0).sum()} characters has no {named}: leave them out, or train with tokenizer bytes")
+        named = ", ".join(f"{c!r} (U+{ord(c):04X})" for c in unknown[:8])
+        if len(unknown) > 8: named += f" and {len(unknown) - 8} more"
+        raise ValueError(f"the vocabulary of {(ids >= 0).sum()} characters has no {named}: leave them out, "
+                         f"or train with tokenizer bytes")
     return found.astype(np.uint32)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #26daef27
@@ -171,19 +182,23 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerFast":
     folder = path if path.is_dir() else path.parent
     if not (file := folder/"tokenizer.json" if path.is_dir() else path).is_file():
         if not any((path/n).is_file() for n in ("tokenizer_config.json", "vocab.json", "tokenizer.model")):
-            raise ValueError(f"{path} holds no tokenizer.json: give the folder of a tokenizer, as save_tokenizer writes it")
+            raise ValueError(f"{path} holds no tokenizer.json: give the folder of a tokenizer, as "
+                             f"save_tokenizer writes it")
     try:
         if not file.is_file(): found = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         elif (folder/"tokenizer_config.json").is_file() and file.name == "tokenizer.json":
             found = PreTrainedTokenizerFast.from_pretrained(str(folder), local_files_only=True)
         else: found = PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as e:  # the library raises bare Exception for a file that it cannot parse
-        raise ValueError(f"{path} is not a tokenizer that can be read ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})") from e
-    if not isinstance(found, PreTrainedTokenizerFast): raise ValueError(f"{path} holds a {type(found).__name__}: only tokenizers with a tokenizer.json are read")
+        raise ValueError(f"{path} is not a tokenizer that can be read ({type(e).__name__}: {e})") from e
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise ValueError(f"{path} holds a {type(found).__name__}: a tokenizer.json is needed")
     return with_eot(found)
 
 # %% ../../nbs/10_data.tokenizer.ipynb #27dde070
-def load_tokenizer(ref: str | Path, documents: Iterable[str] | Callable[[], Iterable[str]] | None = None) -> "PreTrainedTokenizerFast":
+def load_tokenizer(ref: str | Path,
+                   documents: Iterable[str] | Callable[[], Iterable[str]] | None = None,
+                   ) -> "PreTrainedTokenizerFast":
     # `ref`: bytes, chars, bpe:8192, a folder, a tokenizer.json, or hf:NAME
     # `documents`: the text that chars and bpe are made from, or a function that returns it
     "The tokenizer that `ref` names; ValueError says what is wrong with it"
@@ -191,14 +206,17 @@ def load_tokenizer(ref: str | Path, documents: Iterable[str] | Callable[[], Iter
     if ref == "bytes": return byte_tokenizer()
     if ref.startswith("hf:"): return hub_tokenizer(ref.removeprefix("hf:"))
     made_from_text = ref == "chars" or ref.startswith("bpe:")
-    if made_from_text and documents is None: raise ValueError(f"tokenizer {ref!r} is made from text: give documents, or the folder of a saved one")
+    if made_from_text and documents is None:
+        raise ValueError(f"tokenizer {ref!r} is made from text: give documents, or the folder of a saved one")
     texts = documents() if callable(documents) else documents
     if ref == "chars": return char_tokenizer(chars_of(texts))
     if ref.startswith("bpe:"):
-        if not re.fullmatch(r"bpe:\d+", ref): raise ValueError(f"tokenizer {ref!r} names no size: give a number of ids, as in bpe:8192")
+        if not re.fullmatch(r"bpe:\d+", ref):
+            raise ValueError(f"tokenizer {ref!r} names no size: give a number of ids, as in bpe:8192")
         return bpe_tokenizer(texts, int(ref[4:]))
     if (path := Path(ref).expanduser()).exists(): return read_tokenizer(path)
-    raise ValueError(f"tokenizer {ref!r} does not exist{did_you_mean(ref, ['bytes', 'chars', 'bpe:8192'])}: give bytes, chars, bpe:8192, the folder of a "
+    near = did_you_mean(ref, ["bytes", "chars", "bpe:8192"])
+    raise ValueError(f"tokenizer {ref!r} does not exist{near}: give bytes, chars, bpe:8192, the folder of a "
                      f"tokenizer, or hf:NAME for one of the Hugging Face hub")
 
 # %% ../../nbs/10_data.tokenizer.ipynb #ead6d8ec
@@ -207,8 +225,10 @@ def hub_tokenizer(name: str) -> "PreTrainedTokenizerFast":
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
     try: found = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        reason = " ".join(str(e).split())[:200]
-        raise ValueError(f"tokenizer hf:{name} could not be loaded: {reason}. Without network, copy its tokenizer.json and tokenizer_config.json "
-                         f"to a folder from a machine that has it, and give tokenizer=FOLDER") from e
-    if not isinstance(found, PreTrainedTokenizerFast): raise ValueError(f"tokenizer hf:{name} has no tokenizer.json: give another one")
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise ValueError(f"tokenizer hf:{name} could not be loaded: {reason}. Without network, copy its "
+                         f"tokenizer.json and tokenizer_config.json to a folder from a machine that has it, "
+                         f"and give tokenizer=FOLDER") from e
+    if not isinstance(found, PreTrainedTokenizerFast):
+        raise ValueError(f"tokenizer hf:{name} has no tokenizer.json: give another one")
     return with_eot(found)
