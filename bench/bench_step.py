@@ -4,8 +4,8 @@
 
 Contenders live in processes of their own and take turns (A B, B A, ...), each with one thread, timed by its
 own CPU clock. Both start from the same weights and read the same tokens; the losses of their first five steps
-are compared before anything is timed. The third contender is the floor: every matrix product of the step at its
-own shape, and nothing else. Without --peer only ours and the floor are run.
+are compared before anything is timed. The third contender is the floor: every matrix product of the step
+at its own shape, and nothing else. Without --peer only ours and the floor are run.
 """
 import argparse, json, os, platform, resource, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
