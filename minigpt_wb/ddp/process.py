@@ -7,7 +7,7 @@ __all__ = ['FIRST_STEP_S', 'Process', 'physical_index', 'local_device', 'identit
            'max_over_ranks', 'reduced', 'broadcast_object', 'barrier', 'wrap', 'no_sync']
 
 # %% ../../nbs/30_ddp.process.ipynb #9e2cb74c
-import os
+import os, time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -83,6 +83,7 @@ def group(process: Process, timeout_s: float = FIRST_STEP_S) -> Iterator[None]:
         if process.world_size == 1: dist.destroy_process_group()
         raise  # others see the connection break only when this process ends: by then it has said why
     dist.destroy_process_group()
+    time.sleep(0.05)  # gloo's threads drop their last tensors, which takes the GIL: later they would abort the process
 
 def settle(timeout_s: float) -> None:
     "From now on a rank waits `timeout_s` for the others, then raises: call it after the first step"
@@ -117,7 +118,9 @@ def wrap(module: torch.nn.Module, process: Process) -> torch.nn.Module:
     "`module` whose backward pass averages gradients over ranks; itself when this process is alone"
     if not dist.is_initialized(): return module
     ids = [process.device.index] if process.device.type == "cuda" else None
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # set here, since torch 2.13 warns of the argument and 2.10 has no other
+    return wrapped
 
 def no_sync(module: torch.nn.Module, last: bool) -> AbstractContextManager:
     "Around the forward and backward pass of a micro-batch: only the `last` one of a step exchanges gradients"

@@ -170,6 +170,10 @@ def rank_main(parent: int, rank: int, error_path: str, fd: int | None) -> None:
         write_error(error, rank, Path(error_path))
         sys.stdout.flush()
         os._exit(1)  # at once: nothing may wait for ranks that wait for this one
+    threading._shutdown()    # the threads that are not daemons,
+    atexit._run_exitfuncs()  # what was registered,
+    sys.stdout.flush()
+    os._exit(0)              # but not torch's own end, which now and then aborts a rank that has done its work
 
 def write_error(error: BaseException, rank: int, path: Path) -> None:
     "Leave the traceback in the rank's log and, for the supervisor, in `path`"
