@@ -128,7 +128,7 @@ class TrainingConfig:
     seed: Whole = 1337                      # of initial weights, order and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else Apple's, else CPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
-    compile: Literal["auto", "off", "head", "model"] = "auto"  # what torch compiles: head and loss, or all
+    compile: Literal["auto", "off", "model"] = "auto"  # torch.compile of the model with its loss
     timeout_s: Positive = 120.0             # how long a rank waits for the others
     log_every: Count = 10                   # steps between log lines
     log_level: Literal["info", "debug"] = "info"  # debug adds the norm of every gradient
@@ -380,8 +380,8 @@ def size(d_model: int, n_layer: int, n_head: int, context_length: int, **others)
 
 def tiny() -> RunConfig:
     "A minute on a laptop, offline: 128 wide, 4 layers, context 256, on the standard library's source"
-    return size(128, 4, 4, 256, position="rotary", val_fraction=0.02, batch_size=16, max_steps=600,
-                learning_rate=3e-3, warmup_steps=50, eval_every=200, eval_tokens=2**16, sample_every=200)
+    return size(128, 4, 4, 256, position="rotary", val_fraction=0.01, batch_size=8, max_steps=400,
+                learning_rate=4e-3, warmup_steps=30, eval_every=100, eval_tokens=2**15, sample_every=200)
 
 def small() -> RunConfig:
     "256 wide, 6 layers, 8 heads, context 512"

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['seconds_of', 'probe_dtype', 'autocast', 'choose_kernels', 'Trainer', 'make_trainer', 'accumulate', 'dropout_key',
-           'optimiser_step', 'skip', 'log_due', 'report_step', 'gradient_norms', 'record', 'loss_over', 'perplexity',
-           'evaluate', 'save', 'write_sample', 'fit', 'due', 'asked_to_stop', 'begin', 'n_parameters', 'start_lines',
-           'end', 'train', 'evaluate_checkpoint']
+           'optimiser_step', 'skip', 'progress', 'log_due', 'report_step', 'used', 'gradient_norms', 'record',
+           'loss_over', 'perplexity', 'evaluate', 'save', 'state_of', 'write_sample', 'fit', 'due', 'asked_to_stop',
+           'begin', 'n_parameters', 'start_lines', 'end', 'train', 'evaluate_checkpoint']
 
 # %% ../../nbs/70_training.trainer.ipynb #e7a3dcbb
 import math, time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,12 @@ from ..data.cache import TokenCache, prepare
 from ..data.order import ORDER_VERSION, micro_batches, rank_share
 from ..data.batches import Batch, Batches, EvalWindows, to_device
 from ..model.gpt import build_model
-from ..model.objectives import TrainStep, count_targets, has_c_compiler
+from ..model.objectives import TrainStep, count_targets, keep_freed_memory
 from ..ddp.process import (Process, broadcast_object, group, identity, max_over_ranks, no_sync,
                                      settle, sum_over_ranks, wrap)
 from .optim import Length, clip_grad_norm, global_batch, lr_at, make_optimizer, training_length
 from .metrics import EarlyStop, RankLog, StepTimer, TensorBoard, mfu
-from .checkpoints import find_checkpoint, load_model, prune, save_checkpoint
+from .checkpoints import Checkpoint, find_checkpoint, load_model, prune, save_checkpoint
 from ..sampling.decoder import generate_text
 
 # %% ../../nbs/70_training.trainer.ipynb #9d80d09a
@@ -43,29 +43,31 @@ def seconds_of(work: Callable[[], object], repeats: int = 5) -> float:
     return best
 
 def probe_dtype(rows: int, d_model: int, d_ff: int, device: torch.device) -> str:
-    "`bfloat16` where a forward and backward product of (rows, d_model) by (d_model, d_ff) gains 1.5x from it, else `float32`"
+    "`bfloat16` where a product of (rows, d_model) by (d_model, d_ff) gains 1.5x from it, else `float32`"
     if device.type == "cuda": return "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
     if device.type != "cpu": return "float32"
     x, w = torch.randn(rows, d_model), torch.randn(d_ff, d_model, requires_grad=True)
     def product(dtype: torch.dtype):
         with autocast(device, dtype): y = torch.nn.functional.linear(x, w)
         y.sum().backward()
-    plain, half = (seconds_of(lambda d=d: product(d)) for d in (torch.float32, torch.bfloat16))
-    return "bfloat16" if plain > 1.5 * half else "float32"
+    whole, half = (seconds_of(lambda d=d: product(d)) for d in (torch.float32, torch.bfloat16))
+    return "bfloat16" if whole > 1.5 * half else "float32"
 
 def autocast(device: torch.device, dtype: torch.dtype):
     "Mixed precision on `device`; nothing for float32"
     return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 def choose_kernels(cfg: RunConfig, device: torch.device, steps: int) -> RunConfig:
-    "`cfg` with each `auto` that depends on the machine replaced by what is fastest here for a run of `steps`"
-    model, dtype, attention, compiled = cfg.model, cfg.training.dtype, cfg.model.attention, cfg.training.compile
-    if dtype == "auto": dtype = probe_dtype(min(2048, cfg.training.batch_size * model.context_length), model.d_model, model.ff_width, device)
-    if attention == "auto":
-        attention = "explicit" if device.type == "cpu" and dtype == "bfloat16" and model.context_length <= 512 else "sdpa"
-    if compiled == "auto":  # a compiler's minute is won back only by a long run; on a CPU only the head with its loss pays
-        head = device.type == "cpu" and dtype == "bfloat16" and (model.vocab_size or 0) >= 8192 and steps > 500 and has_c_compiler()
-        compiled = "model" if device.type == "cuda" and steps > 1000 else "head" if head else "off"
+    "`cfg` with each `auto` replaced by what is fastest on this machine for a run of `steps`"
+    model, part, on_cpu = cfg.model, cfg.training, device.type == "cpu"
+    dtype, attention, compiled = part.dtype, model.attention, part.compile
+    if dtype == "auto":
+        rows = min(2048, part.batch_size * model.context_length)
+        dtype = probe_dtype(rows, model.d_model, model.ff_width, device)
+    if attention == "auto":  # measured: in half precision torch's CPU kernel loses to two products and a softmax
+        attention = "explicit" if on_cpu and dtype == "bfloat16" and model.context_length <= 512 else "sdpa"
+    if compiled == "auto":  # the compiler's minute is won back by a long run on a GPU, and never on a CPU
+        compiled = "model" if device.type == "cuda" and steps > 1000 else "off"
     return cfg.override(dtype=dtype, attention=attention, compile=compiled)
 
 # %% ../../nbs/70_training.trainer.ipynb #581ce0e4
@@ -90,7 +92,8 @@ class Trainer:
     step: int = 0                           # optimiser steps finished
     skipped: int = 0                        # steps that float16 could not take
     loss: float | None = None               # the latest measured, nats per token
-    val_loss: float | None = None
+    val_loss: float | None = None           # of this very step, when it was measured
+    saved: int = -1                         # step of the latest checkpoint
     control: int = 0                        # bytes of control.jsonl that were read
 
     @property
@@ -111,19 +114,20 @@ def make_trainer(cfg: RunConfig, run: Run, cache: TokenCache, process: Process,
     batches = Batches(cache.train, width, part.batch_size, part.seed)
     length = training_length(part, batches.n_windows, width, global_batch(part, process.world_size))
     cfg = broadcast_object(choose_kernels(cfg, process.device, length.steps) if process.is_main else None)
+    if process.device.type == "cpu": keep_freed_memory()
     torch.manual_seed(part.seed)
     model = build_model(cfg.model, model_fn).to(process.device)
     core = TrainStep(model, objective or part.objective)
     module = wrap(torch.compile(core) if cfg.training.compile == "model" else core, process)
     log = RankLog(run, process.rank, process.index, say, part.log_level)
     scaler = torch.amp.GradScaler(process.device.type, enabled=cfg.training.dtype == "float16")
-    return Trainer(cfg, run, cache, process, core, module, make_optimizer(model, cfg.optim, process.device), scaler,
-                   batches, length, log, TensorBoard(run, part.tensorboard and process.is_main),
-                   EarlyStop(part.patience, part.min_delta))
+    optimizer = make_optimizer(model, cfg.optim, process.device)
+    return Trainer(cfg, run, cache, process, core, module, optimizer, scaler, batches, length, log,
+                   TensorBoard(run, part.tensorboard and process.is_main), EarlyStop(part.patience, part.min_delta))
 
 # %% ../../nbs/70_training.trainer.ipynb #bf21199b
 def accumulate(t: Trainer, samples: int) -> torch.Tensor:
-    "Make the gradients of this rank's share of the next `samples`; gives the share's loss sum, nats, on the device"
+    "Make the gradients of this rank's share of the next `samples`; gives the share's loss sum in nats"
     world, count = t.process.world_size, samples * t.cfg.model.context_length  # every position has a target
     pieces = micro_batches(t.position, samples, t.cfg.training.batch_size)
     mine = [pieces[i] for i in rank_share(len(pieces), t.process.rank, world)] or [(t.position, 0)]
@@ -145,7 +149,7 @@ def optimiser_step(t: Trainer) -> bool:
     "Consume one global batch and update the weights; False when float16 overflowed and the weights stayed"
     samples = min(t.samples_per_step, t.length.samples - t.position)
     lr = lr_at(t.step, t.cfg.optim, t.length.steps)
-    for group in t.optimizer.param_groups: group["lr"] = lr
+    for part in t.optimizer.param_groups: part["lr"] = lr
     loss_sum = accumulate(t, samples)
     t.scaler.unscale_(t.optimizer)
     norm = clip_grad_norm(t.core.parameters(), t.cfg.optim.max_grad_norm)
@@ -158,7 +162,7 @@ def optimiser_step(t: Trainer) -> bool:
     if t.scaler.get_scale() < scale: return skip(t, samples)
     if log_due(t): report_step(t, samples, loss_sum, lr, norm)
     t.optimizer.zero_grad(set_to_none=True)
-    t.step += 1
+    t.step, t.val_loss = t.step + 1, None
     return True
 
 def skip(t: Trainer, samples: int) -> bool:
@@ -167,10 +171,15 @@ def skip(t: Trainer, samples: int) -> bool:
     t.optimizer.zero_grad(set_to_none=True)
     if t.cfg.training.epochs is None and t.cfg.training.train_tokens is None:
         t.length = replace(t.length, samples=t.length.samples + samples)
-    t.log.warning(f"Step [{t.step}/{t.length.steps}] skipped: float16 overflow, loss scale now {t.scaler.get_scale():g}")
+    scale = t.scaler.get_scale()
+    t.log.warning(f"{progress(t)} skipped: float16 overflow, loss scale now {scale:g}")
     if t.process.is_main:
-        t.run.log_row("event", event="skipped step", step=t.step, scale=t.scaler.get_scale(), skipped_steps=t.skipped)
+        t.run.log_row("event", event="skipped step", step=t.step, scale=scale, skipped_steps=t.skipped)
     return False
+
+def progress(t: Trainer) -> str:
+    "Where the run is, for a log line"
+    return f"Step [{t.step}/{t.length.steps}]"
 
 # %% ../../nbs/70_training.trainer.ipynb #060f6c43
 def log_due(t: Trainer) -> bool:
@@ -178,17 +187,20 @@ def log_due(t: Trainer) -> bool:
     return t.step % t.cfg.training.log_every == 0 or t.step + 1 >= t.length.steps or t.position >= t.length.samples
 
 def report_step(t: Trainer, samples: int, loss_sum: torch.Tensor, lr: float, norm: torch.Tensor) -> None:
-    "The loss over all ranks into every rank's log and, from rank 0, as a row of metrics; raises when it is not finite"
+    "The loss over all ranks into every log and into a row of metrics; raises when it is not finite"
     t.loss = sum_over_ranks([loss_sum.item()])[0] / (samples * t.cfg.model.context_length)
     speed, norm = t.timer.take(), norm.item()
     t.log.step(t.step, t.length.steps, t.loss, lr, norm, t.timer.eta_s(t.length.steps - t.step - 1))
     for name, value in gradient_norms(t).items(): t.log.debug(f"gradient norm {name}: {value:.4g}")
-    used = mfu(t.core.model.flops_per_token(), speed["tok_per_s"], t.device, t.process.world_size) \
-        if hasattr(t.core.model, "flops_per_token") else None
-    record(t, "train", step=t.step + 1, loss=t.loss, lr=lr, grad_norm=norm, **speed, mfu=used)
+    record(t, "train", step=t.step + 1, loss=t.loss, lr=lr, grad_norm=norm, **speed, mfu=used(t, speed["tok_per_s"]))
     if not math.isfinite(t.loss):
         raise FloatingPointError(f"the loss is {t.loss} at step {t.step}, gradient norm {norm}: training cannot go on. "
                                  "Lower learning_rate or max_grad_norm, or start from the preset `stable`")
+
+def used(t: Trainer, tok_per_s: float) -> float | None:
+    "Share of the GPUs' peak that training uses; None where peak or model are not known"
+    flops = getattr(t.core.model, "flops_per_token", None)
+    return mfu(flops(), tok_per_s, t.device, t.process.world_size) if flops else None
 
 def gradient_norms(t: Trainer) -> dict[str, float]:
     "Norm of every parameter's gradient, for log_level debug only"
@@ -200,13 +212,14 @@ def record(t: Trainer, kind: str, step: int | None = None, **values: Any) -> Non
     if not t.process.is_main: return
     step, values = t.step if step is None else step, {k: v for k, v in values.items() if v is not None}
     t.run.log_row(kind, step=step, samples=t.position, tokens=t.position * t.cfg.model.context_length, **values)
-    group = {"eval": "val", "train": "train", "save": "save"}.get(kind)
-    if group: t.board.scalars(group, step, **{k.removeprefix("val_"): v for k, v in values.items() if isinstance(v, float)})
-    else: t.board.text(kind, values["text"], step)
+    if kind == "sample": return t.board.text("sample", values["text"], step)
+    numbers = {k.removeprefix("val_"): v for k, v in values.items() if isinstance(v, float)}
+    t.board.scalars("val" if kind == "eval" else kind, step, **numbers)
 
 # %% ../../nbs/70_training.trainer.ipynb #e6fe13fa
 @torch.no_grad()
-def loss_over(core: TrainStep, batches: Iterable[Batch], device: torch.device, dtype: torch.dtype) -> tuple[float, int]:
+def loss_over(core: TrainStep, batches: Iterable[Batch], device: torch.device,
+              dtype: torch.dtype) -> tuple[float, int]:
     "Sum of the loss in nats and number of predicted tokens over `batches`, dropout off"
     training, total, count = core.training, 0.0, 0
     core.eval()
@@ -228,38 +241,43 @@ def evaluate(t: Trainer, max_tokens: int | None = None) -> bool:
     with t.timer.off(): loss_sum, count = sum_over_ranks(loss_over(t.core, share, t.device, t.dtype))
     t.val_loss = loss_sum / count
     values = dict(val_loss=t.val_loss, val_tokens=int(count), perplexity=perplexity(t.val_loss))
-    if max_tokens is None and (size := t.cache.meta["bytes"]["val"]): values["bits_per_byte"] = loss_sum / math.log(2) / size
+    if max_tokens is None and (size := t.cache.meta["bytes"]["val"]):
+        values["bits_per_byte"] = loss_sum / math.log(2) / size
     record(t, "eval", **values)
-    t.log.info(f"Step [{t.step}/{t.length.steps}] | " + " | ".join(f"{k}: {v:.6g}" for k, v in values.items()))
+    t.log.info(" | ".join([progress(t), *(f"{k}: {v:.6g}" for k, v in values.items())]))
     if t.stopper.update(t.val_loss) and not t.done: save(t)
     return t.stopper.due
 
 # %% ../../nbs/70_training.trainer.ipynb #c6a3dc8d
 def save(t: Trainer, final: bool = False) -> None:
     "A checkpoint of this step, by rank 0; older ones than the last `keep_last` go, the best stays"
-    if not t.process.is_main: return
-    start, part = time.perf_counter(), t.cfg.training
-    state = dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, epoch=t.position // t.batches.n_windows,
-                 n_windows=t.batches.n_windows, order_version=ORDER_VERSION, seed=part.seed, skipped_steps=t.skipped,
-                 loss=t.loss, val_loss=t.val_loss, best_val_loss=t.stopper.best, patience_waited=t.stopper.waited,
-                 scaler=t.scaler.state_dict(), world_size=t.process.world_size, config=plain(t.cfg.tree()),
-                 data=t.cache.meta["inputs"], final=final)
+    if not t.process.is_main or (t.saved == t.step and not final): return
+    t.saved, start = t.step, time.perf_counter()
     with t.timer.off():
-        path = save_checkpoint(t.run, t.step, t.core.model.state_dict(), t.optimizer, state, t.cache.tokenizer_dir)
-        prune(t.run, part.keep_last)
-    size, stall_s = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()), time.perf_counter() - start
+        path = save_checkpoint(t.run, t.step, t.core.model.state_dict(), t.optimizer, state_of(t) | dict(final=final),
+                               t.cache.tokenizer_dir)
+        prune(t.run, t.cfg.training.keep_last)
+    size, stall_s = Checkpoint(path).bytes, time.perf_counter() - start
     record(t, "save", path=path.name, bytes=size, stall_s=stall_s)
-    t.log.info(f"Step [{t.step}/{t.length.steps}] | saved {path.name}, {size:,} bytes, {stall_s:.2f} s")
+    t.log.info(f"{progress(t)} | saved {path.name}, {size:,} bytes, {stall_s:.2f} s")
+
+def state_of(t: Trainer) -> dict[str, Any]:
+    "Everything beside weights and moments that going on from here takes"
+    return dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, skipped_steps=t.skipped,
+                epoch=t.position // t.batches.n_windows, n_windows=t.batches.n_windows, seed=t.cfg.training.seed,
+                order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, stopper=asdict(t.stopper),
+                scaler=t.scaler.state_dict(), world_size=t.process.world_size, config=plain(t.cfg.tree()),
+                data=t.cache.meta["inputs"])
 
 def write_sample(t: Trainer) -> None:
     "A text by the model as it is now, by rank 0"
     if not t.process.is_main: return
     how = t.cfg.sampling
     with t.timer.off():
-        text = generate_text(t.core.model, t.cache.tokenizer(), how.sample_prompt, how.max_new_tokens, how.temperature,
-                             how.top_k, how.top_p, t.cfg.training.seed, t.cfg.model.context_length)
+        text = generate_text(t.core.model, t.cache.tokenizer(), how.sample_prompt, how.max_new_tokens,
+                             how.temperature, how.top_k, how.top_p, t.cfg.training.seed, t.cfg.model.context_length)
     record(t, "sample", text=text, prompt=how.sample_prompt)
-    t.log.info(f"Step [{t.step}/{t.length.steps}] | sample: {text!r}")
+    t.log.info(f"{progress(t)} | sample: {text!r}")
 
 # %% ../../nbs/70_training.trainer.ipynb #3223e869
 def fit(t: Trainer) -> str:
@@ -295,9 +313,11 @@ def begin(t: Trainer) -> None:
     for line in start_lines(t): t.log.info(line)
     if not t.process.is_main: return
     t.cfg.save(t.run.path / "config.yaml")
-    t.run.set_status(state="running", world_size=t.process.world_size, step=0)
-    t.run.log_row("event", event="start", step=0, steps=t.length.steps, samples=t.length.samples, world_size=t.process.world_size,
-                  n_windows=t.batches.n_windows, parameters=n_parameters(t), cache=str(t.cache.path))
+    t.run.set_status(state="running", world_size=t.process.world_size, step=0,
+                     total_steps=t.length.steps)
+    t.run.log_row("event", event="start", step=0, steps=t.length.steps, total_samples=t.length.samples,
+                  world_size=t.process.world_size, n_windows=t.batches.n_windows, parameters=n_parameters(t),
+                  cache=str(t.cache.path))
     t.board.config(t.cfg)
 
 def n_parameters(t: Trainer) -> int:
@@ -306,12 +326,14 @@ def n_parameters(t: Trainer) -> int:
 
 def start_lines(t: Trainer) -> list[str]:
     "The facts of a run, one a line"
-    cfg, part, tokens = t.cfg, t.cfg.training, t.cache.meta["tokens"]
-    return [f"Data: {cfg.corpus.data}, {tokens['train']:,} training tokens, {tokens['val']:,} validation tokens",
+    cfg, part = t.cfg, t.cfg.training
+    tokens = t.cache.meta["tokens"]
+    return [f"Data: {cfg.corpus.data}, {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate",
             f"Model: {cfg.model.n_layer} layers, {cfg.model.d_model} wide, {cfg.model.n_head} heads",
             f"Parameters: {n_parameters(t):,}",
             f"Vocabulary: {cfg.model.vocab_size:,} ids, tokenizer {cfg.corpus.tokenizer}",
-            f"Batch: {part.batch_size} sequences per GPU, {t.samples_per_step} in all, of {cfg.model.context_length} tokens",
+            f"Batch: {part.batch_size} sequences per GPU, {t.samples_per_step} in all, of "
+            f"{cfg.model.context_length} tokens",
             f"Length: {t.length.steps:,} steps, {t.length.samples / t.batches.n_windows:.3g} epochs",
             f"Learning rate: {cfg.optim.learning_rate:g}, {cfg.optim.lr_schedule} after {cfg.optim.warmup_steps} steps",
             f"Dtype: {part.dtype}; attention {cfg.model.attention}; compiled: {part.compile}",
@@ -346,7 +368,7 @@ def evaluate_checkpoint(ref: str | Path | Run, data: str | None = None, device: 
     model, cfg, _ = load_model(found, place)
     corpus, split = cfg.corpus, "val"
     if data:
-        split, corpus = "train", cfg.override(data=data, val_fraction=0, tokenizer=str(found.tokenizer_dir), repeat=1,
+        split, corpus = "train", cfg.override(data=data, tokenizer=str(found.tokenizer_dir), val_fraction=0, repeat=1,
                                               corpus_tokens=None, corpus_documents=None).corpus
     cache = prepare(corpus)
     windows = EvalWindows(cache.ids(split), cfg.model.context_length, cfg.training.batch_size)
