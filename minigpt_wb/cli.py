@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['RUNS_DIR', 'COMMANDS', 'text_table', 'cell', 'words', 'prepare_command', 'train_command', 'eval_command',
-           'runs_command', 'run_row', 'checkpoints_command', 'stop_command', 'usage', 'main']
+           'runs_command', 'checkpoints_command', 'stop_command', 'usage', 'main']
 
 # %% ../nbs/99_cli.ipynb #cff79d35
-import os, sys, time
+import os, sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from .config import did_you_mean, note, split_flags
-from .run import Run, list_runs
+from .run import ENDED, Run, list_runs
 
 # %% ../nbs/99_cli.ipynb #643ba192
 def text_table(rows: Iterable[dict[str, Any]]) -> str:
@@ -22,23 +22,27 @@ def text_table(rows: Iterable[dict[str, Any]]) -> str:
     widths = {k: max(len(k), *(len(r[k]) for r in rows)) for k in rows[0]}
     right = {k for k in rows[0] if all(r[k] == "" or r[k][-1].isdigit() for r in rows)}
     def line(row: dict[str, str]) -> str:
-        return "  ".join(row[k].rjust(w) if k in right else row[k].ljust(w) for k, w in widths.items()).rstrip()
+        cells = (row[k].rjust(w) if k in right else row[k].ljust(w) for k, w in widths.items())
+        return "  ".join(cells).rstrip()
     return "\n".join([line({k: k for k in widths}), *map(line, rows)])
 
 def cell(value: Any) -> str:
     "One value of a table"
     if value is None or value != value: return ""
-    return f"{value:.4f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, float): return f"{value:.4f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 # %% ../nbs/99_cli.ipynb #40467424
-def words(argv: list[str], usage: str, flags: dict[str, str] | None = None, at_most: int = 1) -> tuple[list[str], dict[str, str]]:
+def words(argv: list[str], usage: str, flags: dict[str, str],
+          at_most: int = 1) -> tuple[list[str], dict[str, str]]:
     "(words, flags with their values) of a small command; ValueError with `usage` for anything else"
     if {"-h", "--help"} & set(argv):
         print(usage)
         raise SystemExit(0)
-    found, rest = split_flags(argv, flags or {})
-    if unknown := [w for w in rest if w.startswith("--")]:
-        raise ValueError(f"{unknown[0]} is not known{did_you_mean(unknown[0][2:].replace('-', '_'), flags or {})}: {usage}")
+    found, rest = split_flags(argv, flags)
+    if unknown := next((w for w in rest if w.startswith("--")), None):
+        near = did_you_mean(unknown[2:].replace("-", "_"), flags)
+        raise ValueError(f"{unknown} is not a flag of this command{near}: {usage}")
     if len(rest) > at_most: raise ValueError(f"{' '.join(rest[at_most:])!r} is too much: {usage}")
     return rest, found
 
@@ -46,22 +50,20 @@ RUNS_DIR = {"runs_dir": "a folder of runs"}
 
 def prepare_command(argv: list[str]) -> int:
     "turn a corpus into ids, without training; --list and --clear for what is in the cache"
-    from minigpt_wb.data.cache import clear_caches, explain, list_caches
+    from minigpt_wb.data.cache import clear_caches, list_caches
     from minigpt_wb.train import from_command, ready
     if "--list" in argv:
-        rows = [dict(key=c.path.name, data=c.meta["data"], tokenizer=c.meta["tokenizer"], train=c.meta["tokens"]["train"],
-                     val=c.meta["tokens"]["val"], created=c.meta["created"]) for c in list_caches()]
+        rows = [{"key": c.path.name} | {k: c.meta[k] for k in ("data", "tokenizer")} | c.meta["tokens"]
+                | {"created": c.meta["created"]} for c in list_caches()]
         print(text_table(rows) if rows else "the cache is empty")
         return 0
     if "--clear" in argv:
         print(f"{clear_caches():,} bytes freed")
         return 0
-    _, cfg = from_command(argv, "minigpt prepare", "Turn a corpus into ids. --list and --clear show and empty the cache.")
-    note(explain(cfg.corpus))
-    _, cache = ready(cfg)
-    for name in ("documents", "bytes", "tokens"):
-        counts = ", ".join(f"{'unknown' if n is None else format(n, ',')} {split}" for split, n in cache.meta[name].items())
-        print(f"{name}: {counts}")
+    about = "Turn a corpus into ids. --list and --clear show and empty the cache."
+    cfg, cache = ready(from_command(argv, "minigpt prepare", about)[1])
+    counts = ("documents", "bytes", "tokens")
+    print(text_table({"split": s} | {n: cache.meta[n][s] for n in counts} for s in cache.meta["tokens"]))
     print(f"vocabulary: {cache.vocab_size:,} ids\npath: {cache.path}")
     return 0
 
@@ -76,31 +78,24 @@ def eval_command(argv: list[str]) -> int:
     usage = "minigpt eval [RUN|RUN@best|RUN@500|PATH] [--data CORPUS] [--device auto] [--runs-dir DIR]"
     ref, flags = words(argv, usage, RUNS_DIR | {"data": "a corpus", "device": "auto, cuda, mps or cpu"})
     result = evaluate_checkpoint(ref[0] if ref else "latest", **flags)
-    for name, value in result.items(): print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+    for name, value in result.items():
+        print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     return 0
 
 def runs_command(argv: list[str]) -> int:
     "list the runs, newest first"
     _, flags = words(argv, "minigpt runs [--runs-dir DIR]", RUNS_DIR, at_most=0)
+    from minigpt_wb.views.html import run_row
     rows = [run_row(run) for run in list_runs(**flags)]
     print(text_table(rows) if rows else "there are no runs yet: `minigpt train` makes one")
     return 0
-
-def run_row(run: Run) -> dict[str, Any]:
-    "A run as a row: state, steps, losses, speed"
-    status, train, evals = run.status, run.rows("train"), run.rows("eval")
-    last = train[-1] if train else {}
-    started = status.get("started")
-    return dict(run=run.name, state=status["state"], step=status.get("step") or last.get("step"), loss=last.get("loss"),
-                val_loss=min((r["val_loss"] for r in evals), default=None), tok_per_s=round(last["tok_per_s"]) if last else None,
-                started=time.strftime("%Y-%m-%d %H:%M", time.localtime(started)) if started else None)
 
 def checkpoints_command(argv: list[str]) -> int:
     "list the checkpoints of a run"
     from minigpt_wb.training.checkpoints import list_checkpoints
     ref, flags = words(argv, "minigpt checkpoints [RUN] [--runs-dir DIR]", RUNS_DIR)
     run = Run.open(ref[0] if ref else "latest", **flags)
-    rows = list_checkpoints(run).rows()
+    rows = [row | {"age_s": round(row["age_s"])} for row in list_checkpoints(run).rows()]
     print(text_table(rows) if rows else f"no checkpoints in {run.path}")
     return 0
 
@@ -109,7 +104,7 @@ def stop_command(argv: list[str]) -> int:
     ref, flags = words(argv, "minigpt stop RUN [--runs-dir DIR]", RUNS_DIR)
     if not ref: raise ValueError("which run? minigpt stop RUN; `minigpt runs` lists them")
     run = Run.open(ref[0], **flags)
-    if run.state not in ("preparing", "running"): raise ValueError(f"{run.name} is not running: it is {run.state}")
+    if run.state in ENDED: raise ValueError(f"{run.name} is not running: it is {run.state}")
     run.stop()
     note(f"{run.name} was asked to stop")
     return 0
@@ -123,8 +118,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def usage() -> str:
     "What there is, a line each"
     lines = [f"  {name:<12} {run.__doc__}" for name, run in COMMANDS.items()]
-    return "\n".join(["usage: minigpt COMMAND ...", "", "Train language models and look after the runs.", "", *lines, "",
-                      "`minigpt COMMAND --help` says more. RUN is a name, a path or `latest`."])
+    return "\n".join(["usage: minigpt COMMAND ...", "", "Train language models and look after the runs.", "",
+                      *lines, "", "`minigpt COMMAND --help` says more. RUN is a name, a path or `latest`."])
 
 def main(argv: list[str] | None = None) -> int:
     "The program `minigpt` -> exit status; 2 for bad input"
@@ -133,8 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if argv[0] not in COMMANDS:
-        note(f"{argv[0]!r} is not a command{did_you_mean(argv[0], COMMANDS)}: there are {', '.join(COMMANDS)}")
+        known = ", ".join(COMMANDS)
+        note(f"{argv[0]!r} is not a command{did_you_mean(argv[0], COMMANDS)}: there are {known}")
         return 2
+    if "" not in sys.path: sys.path.insert(0, "")  # `--model-fn my_file:build` means a file of this folder
     try: return COMMANDS[argv[0]](argv[1:])
     except ValueError as e:
         note(str(e))

@@ -31,7 +31,7 @@ from .training.trainer import fit, make_trainer, train
 
 # %% ../nbs/71_train.ipynb #bc39268d
 def ready(cfg: RunConfig, progress: bool = True) -> tuple[RunConfig, TokenCache]:
-    "The token cache of `cfg`, made or found, and the config that fits it; ValueError says what is wrong"
+    "The config that fits its text, and its token cache, made or found; ValueError says what is wrong"
     for name in ("model_fn", "objective"):
         if cfg[name] and ":" in cfg[name]: named_function(cfg[name], name)
     cfg = cfg.override(**{name: absolute(cfg[name]) for name in ("data", "tokenizer")})
@@ -43,7 +43,7 @@ def ready(cfg: RunConfig, progress: bool = True) -> tuple[RunConfig, TokenCache]
                      f"{cache.vocab_size} ids: give that or more, or leave vocab_size out")
 
 def absolute(text: str) -> str:
-    "A path that exists as a full one, so that the run can be evaluated from another folder; anything else as it is"
+    "A path that exists as a full one, so that another folder can use it; anything else as it is"
     path = Path(text).expanduser()
     return str(path.resolve()) if path.exists() and ("/" in text or path.suffix or path.is_dir()) else text
 
@@ -55,7 +55,7 @@ def launch(cfg: RunConfig | None = None, gpus: Any = None, *, preset: str | None
     # `cfg`, or `preset` and `config` (a file); `settings` are laid over them
     # `gpus`: a count, a list, `auto`; without CUDA it counts CPU processes
     # `echo`: ranks write their log lines to this process's stdout as well
-    "Start training -> the `Run`, which is under way; ValueError, before any rank starts, for input that is wrong"
+    "Start training -> the `Run`, which is under way; ValueError before any rank starts for wrong input"
     preset = preset or ("run" if cfg else None)
     cfg = cfg.override(**settings) if cfg else resolve(preset, config, **settings)
     devices = pick(parse_gpus(gpus), cfg.training.device)
@@ -64,13 +64,14 @@ def launch(cfg: RunConfig | None = None, gpus: Any = None, *, preset: str | None
     run.supervisor = start_ranks(rank, (cfg, run, cache, model_fn, objective), devices, run, echo=echo)
     return run
 
-def rank(cfg: RunConfig, run: Run, cache: TokenCache, model_fn: Callable | None, objective: Callable | None) -> None:
-    "What a spawned rank does: `train`, with its lines said through the launcher's stdout where there is one to listen"
+def rank(cfg: RunConfig, run: Run, cache: TokenCache, model_fn: Callable | None,
+         objective: Callable | None) -> None:
+    "What a spawned rank does: `train`, its lines said through the launcher's stdout as well"
     train(cfg, run, cache, model_fn, objective, say)
 
 # %% ../nbs/71_train.ipynb #7d86bf3e
 ARGUMENTS = {
-    "preset": "where the settings start from: tiny (the default), small, medium, large, debug, stable, gpt2, ...",
+    "preset": "where the settings start from: tiny (the default), small, medium, large, debug, ...",
     "config": "a YAML or JSON file laid over the preset",
     "gpus": "8, a list 0,3, one 0, or auto: every visible GPU; without CUDA it counts CPU processes",
     "run_name": "name of the run's directory, PRESET-TIME when not given",
@@ -81,7 +82,8 @@ HELP = "\n".join(["Train a GPT. Besides the settings below:", "",
                   "  --debug        the same as --preset debug",
                   "  --print-config write the settings as YAML, and do nothing"])
 
-def from_command(argv: list[str], prog: str = "minigpt train", description: str = HELP) -> tuple[dict[str, Any], RunConfig]:
+def from_command(argv: list[str], prog: str = "minigpt train",
+                 description: str = HELP) -> tuple[dict[str, Any], RunConfig]:
     "(arguments, config) of a command line; raises ValueError for what is wrong with it"
     argv = [w for word in argv for w in (("--preset", "debug") if word == "--debug" else (word,))]
     entry, flags = split_flags(argv, ARGUMENTS)
@@ -97,9 +99,9 @@ def arguments(entry: dict[str, Any]) -> dict[str, Any]:
 def given(namespace: dict[str, Any], before: set[str]) -> tuple[dict[str, Any], RunConfig]:
     # `namespace`: `globals()` of a notebook
     # `before`: its names above the parameters
-    "(arguments of `launch`, config) that the names new in a notebook ask for; raises ValueError for a name that means nothing"
-    new = {k: v for k, v in namespace.items() if k not in before and k[0] != "_" and v is not before and v is not None}
-    entry, settings = take(new, ENTRY)
+    "(arguments of `launch`, config) that the new names ask for; ValueError for a name that means nothing"
+    new = {k: v for k, v in namespace.items() if k not in before and k[0] != "_" and v is not before}
+    entry, settings = take({k: v for k, v in new.items() if v is not None}, ENTRY)
     return arguments(entry), resolve(entry.get("preset"), entry.get("config"), **settings)
 
 # %% ../nbs/71_train.ipynb #b76961a8
@@ -112,7 +114,8 @@ def train_here(cfg: RunConfig, entry: dict[str, Any]) -> int:
         run = shared_run(cfg, entry, process)
         try: state = fit(make_trainer(cfg, run, cache, process, say=speaker(process)))
         except BaseException:
-            if run.status["state"] != "failed": run.set_status(state="failed", failed_rank=process.rank, error=traceback.format_exc())
+            if run.status["state"] != "failed":  # another rank may have said it first
+                run.set_status(state="failed", failed_rank=process.rank, error=traceback.format_exc())
             raise
     return 75 if state == "stopped" and signals.requested() else 0
 
@@ -137,18 +140,23 @@ def train_apart(cfg: RunConfig, entry: dict[str, Any]) -> int:
     signals.uninstall()  # the ranks have their own; Ctrl-C in this process asks them to stop
     run = launch(cfg, echo=True, **entry)
     try: run.wait()
-    except RunFailed as e: note(str(e)); return 1
+    except RunFailed as e:
+        note(str(e))
+        return 1
     return 0
 
 def main(argv: list[str] | None = None) -> int:
-    "The command -> exit status: 0 finished or stopped on request, 1 a rank failed, 2 bad input, 75 saved on a signal"
+    "The command -> exit status: 0 finished or stopped, 1 a rank failed, 2 bad input, 75 saved on a signal"
     argv = sys.argv[1:] if argv is None else argv
+    only_print = {"--print-config", "--print_config"}
     torchrun, first = "WORLD_SIZE" in os.environ, os.environ.get("RANK", "0") == "0"
     try:
-        entry, cfg = from_command([w for w in argv if w not in ("--print-config", "--print_config")])
-        if {"--print-config", "--print_config"} & set(argv): sys.stdout.write(cfg.to_yaml()); return 0
+        entry, cfg = from_command([w for w in argv if w not in only_print])
+        if only_print & set(argv):
+            sys.stdout.write(cfg.to_yaml())
+            return 0
         if torchrun and "gpus" in entry:
-            raise ValueError(f"gpus={entry['gpus']} was given, but torchrun has started the ranks: leave it out")
+            raise ValueError(f"gpus={entry['gpus']}, but torchrun has started the ranks: leave it out")
         if torchrun: return train_here(cfg, entry)
         devices = pick(parse_gpus(entry.get("gpus")), cfg.training.device)
         if devices in (1, [0]): return train_here(cfg, entry)

@@ -28,7 +28,8 @@ from ..model.gpt import build_model
 from ..model.objectives import TrainStep, count_targets, keep_freed_memory
 from ..ddp.process import (Process, broadcast_object, group, identity, max_over_ranks, no_sync,
                                      settle, sum_over_ranks, wrap)
-from .optim import Length, clip_grad_norm, global_batch, lr_at, make_optimizer, training_length
+from .optim import (Length, clip_grad_norm, global_batch, lr_at, make_optimizer,
+                                       training_length)
 from .metrics import EarlyStop, RankLog, StepTimer, TensorBoard, mfu
 from .checkpoints import Checkpoint, find_checkpoint, load_model, prune, save_checkpoint
 from ..sampling.decoder import generate_text
@@ -64,7 +65,7 @@ def choose_kernels(cfg: RunConfig, device: torch.device, steps: int) -> RunConfi
     if dtype == "auto":
         rows = min(2048, part.batch_size * model.context_length)
         dtype = probe_dtype(rows, model.d_model, model.ff_width, device)
-    if attention == "auto":  # measured: in half precision torch's CPU kernel loses to two products and a softmax
+    if attention == "auto":  # in half precision torch's CPU kernel loses to two products and a softmax
         attention = "explicit" if on_cpu and dtype == "bfloat16" and model.context_length <= 512 else "sdpa"
     if compiled == "auto":  # the compiler's minute is won back by a long run on a GPU, and never on a CPU
         compiled = "model" if device.type == "cuda" and steps > 1000 else "off"
@@ -122,8 +123,9 @@ def make_trainer(cfg: RunConfig, run: Run, cache: TokenCache, process: Process,
     log = RankLog(run, process.rank, process.index, say, part.log_level)
     scaler = torch.amp.GradScaler(process.device.type, enabled=cfg.training.dtype == "float16")
     optimizer = make_optimizer(model, cfg.optim, process.device)
-    return Trainer(cfg, run, cache, process, core, module, optimizer, scaler, batches, length, log,
-                   TensorBoard(run, part.tensorboard and process.is_main), EarlyStop(part.patience, part.min_delta))
+    board = TensorBoard(run, part.tensorboard and process.is_main)
+    return Trainer(cfg, run, cache, process, core, module, optimizer, scaler, batches, length, log, board,
+                   EarlyStop(part.patience, part.min_delta))
 
 # %% ../../nbs/70_training.trainer.ipynb #bf21199b
 def accumulate(t: Trainer, samples: int) -> torch.Tensor:
@@ -184,7 +186,8 @@ def progress(t: Trainer) -> str:
 # %% ../../nbs/70_training.trainer.ipynb #060f6c43
 def log_due(t: Trainer) -> bool:
     "Whether the step that is being run is reported: every `log_every`-th, and the last"
-    return t.step % t.cfg.training.log_every == 0 or t.step + 1 >= t.length.steps or t.position >= t.length.samples
+    last = t.step + 1 >= t.length.steps or t.position >= t.length.samples
+    return last or t.step % t.cfg.training.log_every == 0
 
 def report_step(t: Trainer, samples: int, loss_sum: torch.Tensor, lr: float, norm: torch.Tensor) -> None:
     "The loss over all ranks into every log and into a row of metrics; raises when it is not finite"
@@ -192,10 +195,11 @@ def report_step(t: Trainer, samples: int, loss_sum: torch.Tensor, lr: float, nor
     speed, norm = t.timer.take(), norm.item()
     t.log.step(t.step, t.length.steps, t.loss, lr, norm, t.timer.eta_s(t.length.steps - t.step - 1))
     for name, value in gradient_norms(t).items(): t.log.debug(f"gradient norm {name}: {value:.4g}")
-    record(t, "train", step=t.step + 1, loss=t.loss, lr=lr, grad_norm=norm, **speed, mfu=used(t, speed["tok_per_s"]))
+    speed["mfu"] = used(t, speed["tok_per_s"])
+    record(t, "train", step=t.step + 1, loss=t.loss, lr=lr, grad_norm=norm, **speed)
     if not math.isfinite(t.loss):
-        raise FloatingPointError(f"the loss is {t.loss} at step {t.step}, gradient norm {norm}: training cannot go on. "
-                                 "Lower learning_rate or max_grad_norm, or start from the preset `stable`")
+        raise FloatingPointError(f"loss is {t.loss} at step {t.step}, gradient norm {norm}: training "
+                                 "cannot go on. Lower learning_rate or max_grad_norm, or take preset `stable`")
 
 def used(t: Trainer, tok_per_s: float) -> float | None:
     "Share of the GPUs' peak that training uses; None where peak or model are not known"
@@ -211,7 +215,8 @@ def record(t: Trainer, kind: str, step: int | None = None, **values: Any) -> Non
     "From rank 0: a row of metrics.jsonl, and its numbers for TensorBoard"
     if not t.process.is_main: return
     step, values = t.step if step is None else step, {k: v for k, v in values.items() if v is not None}
-    t.run.log_row(kind, step=step, samples=t.position, tokens=t.position * t.cfg.model.context_length, **values)
+    tokens = t.position * t.cfg.model.context_length
+    t.run.log_row(kind, step=step, samples=t.position, tokens=tokens, **values)
     if kind == "sample": return t.board.text("sample", values["text"], step)
     numbers = {k.removeprefix("val_"): v for k, v in values.items() if isinstance(v, float)}
     t.board.scalars("val" if kind == "eval" else kind, step, **numbers)
@@ -234,7 +239,7 @@ def perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
 
 def evaluate(t: Trainer, max_tokens: int | None = None) -> bool:
-    "Measure the validation split, or about `max_tokens` of it; save when it is the best; True when patience is out"
+    "Measure the validation split, or about `max_tokens` of it; save the best; True when patience is out"
     if not len(t.cache.val): return False
     windows = EvalWindows(t.cache.val, t.cfg.model.context_length, t.cfg.training.batch_size)
     share = windows.share(t.process.rank, t.process.world_size, max_tokens)
@@ -253,9 +258,9 @@ def save(t: Trainer, final: bool = False) -> None:
     "A checkpoint of this step, by rank 0; older ones than the last `keep_last` go, the best stays"
     if not t.process.is_main or (t.saved == t.step and not final): return
     t.saved, start = t.step, time.perf_counter()
+    weights, state = t.core.model.state_dict(), state_of(t) | dict(final=final)
     with t.timer.off():
-        path = save_checkpoint(t.run, t.step, t.core.model.state_dict(), t.optimizer, state_of(t) | dict(final=final),
-                               t.cache.tokenizer_dir)
+        path = save_checkpoint(t.run, t.step, weights, t.optimizer, state, t.cache.tokenizer_dir)
         prune(t.run, t.cfg.training.keep_last)
     size, stall_s = Checkpoint(path).bytes, time.perf_counter() - start
     record(t, "save", path=path.name, bytes=size, stall_s=stall_s)
@@ -263,8 +268,9 @@ def save(t: Trainer, final: bool = False) -> None:
 
 def state_of(t: Trainer) -> dict[str, Any]:
     "Everything beside weights and moments that going on from here takes"
+    windows = t.batches.n_windows
     return dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, skipped_steps=t.skipped,
-                epoch=t.position // t.batches.n_windows, n_windows=t.batches.n_windows, seed=t.cfg.training.seed,
+                epoch=t.position // windows, n_windows=windows, seed=t.cfg.training.seed,
                 order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, stopper=asdict(t.stopper),
                 scaler=t.scaler.state_dict(), world_size=t.process.world_size, config=plain(t.cfg.tree()),
                 data=t.cache.meta["inputs"])
@@ -272,10 +278,10 @@ def state_of(t: Trainer) -> dict[str, Any]:
 def write_sample(t: Trainer) -> None:
     "A text by the model as it is now, by rank 0"
     if not t.process.is_main: return
-    how = t.cfg.sampling
+    how, seed, context = t.cfg.sampling, t.cfg.training.seed, t.cfg.model.context_length
     with t.timer.off():
         text = generate_text(t.core.model, t.cache.tokenizer(), how.sample_prompt, how.max_new_tokens,
-                             how.temperature, how.top_k, how.top_p, t.cfg.training.seed, t.cfg.model.context_length)
+                             how.temperature, how.top_k, how.top_p, seed, context)
     record(t, "sample", text=text, prompt=how.sample_prompt)
     t.log.info(f"{progress(t)} | sample: {text!r}")
 
@@ -335,7 +341,8 @@ def start_lines(t: Trainer) -> list[str]:
             f"Batch: {part.batch_size} sequences per GPU, {t.samples_per_step} in all, of "
             f"{cfg.model.context_length} tokens",
             f"Length: {t.length.steps:,} steps, {t.length.samples / t.batches.n_windows:.3g} epochs",
-            f"Learning rate: {cfg.optim.learning_rate:g}, {cfg.optim.lr_schedule} after {cfg.optim.warmup_steps} steps",
+            f"Learning rate: {cfg.optim.learning_rate:g}, {cfg.optim.lr_schedule}, "
+            f"{cfg.optim.warmup_steps} warmup steps",
             f"Dtype: {part.dtype}; attention {cfg.model.attention}; compiled: {part.compile}",
             f"GPUs: {t.process.world_size} x {t.device.type}",
             f"Run: {t.run.path}"]
@@ -368,12 +375,13 @@ def evaluate_checkpoint(ref: str | Path | Run, data: str | None = None, device: 
     model, cfg, _ = load_model(found, place)
     corpus, split = cfg.corpus, "val"
     if data:
-        split, corpus = "train", cfg.override(data=data, tokenizer=str(found.tokenizer_dir), val_fraction=0, repeat=1,
-                                              corpus_tokens=None, corpus_documents=None).corpus
+        whole = dict(val_fraction=0, repeat=1, corpus_tokens=None, corpus_documents=None)
+        split, corpus = "train", cfg.override(data=data, tokenizer=str(found.tokenizer_dir), **whole).corpus
     cache = prepare(corpus)
     windows = EvalWindows(cache.ids(split), cfg.model.context_length, cfg.training.batch_size)
     dtype = torch.float32 if cfg.training.dtype == "auto" else getattr(torch, cfg.training.dtype)
     loss_sum, count = loss_over(TrainStep(model, cfg.training.objective), windows.share(), place, dtype)
-    result = dict(step=found.step, loss=loss_sum / count, perplexity=perplexity(loss_sum / count), tokens=count)
+    loss = loss_sum / count
+    result = dict(step=found.step, loss=loss, perplexity=perplexity(loss), tokens=count)
     size = cache.meta["bytes"][split]
     return result | (dict(bits_per_byte=loss_sum / math.log(2) / size) if size else {})
