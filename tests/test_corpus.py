@@ -6,7 +6,8 @@ import pyarrow.parquet
 import pytest
 
 from minigpt_wb.config import CorpusConfig, RunConfig
-from minigpt_wb.data.corpus import PIECE, open_corpus, split_documents
+from minigpt_wb.data.corpus import open_corpus, split_documents
+from minigpt_wb.data.text import PIECE
 from minigpt_wb.data.tokenizer import (bpe_tokenizer, decode, encode, load_tokenizer, save_tokenizer,
                                        tokenizer_hash)
 
