@@ -10,7 +10,7 @@ from pathlib import Path
 CHILD = """
 import json, sys, time
 from minigpt_wb.config import CorpusConfig
-from minigpt_wb.data.cache import prepare
+from minigpt_wb.data.prepare import prepare
 def peak_mb():
     with open("/proc/self/status") as f: kib = next(line.split()[1] for line in f if line.startswith("VmHWM"))
     return int(kib) * 1024 / 1e6

@@ -1,4 +1,4 @@
-"What a cell cannot hold of data.cache: many processes, killed writers, disks that are full or read-only"
+"What a cell cannot hold of data.cache and data.prepare: many processes, killed writers, refusing disks"
 import hashlib, json, os, pickle, random, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from minigpt_wb.config import CorpusConfig
-from minigpt_wb.data import cache as module
-from minigpt_wb.data.cache import clear_caches, datasets_dir, list_caches, prepare
+from minigpt_wb.data import prepare as module
+from minigpt_wb.data.prepare import clear_caches, datasets_dir, list_caches, prepare
 from minigpt_wb.data.tokenizer import decode
 
 LINE = "It was the best of lines, it was the {} of lines.\n"
@@ -45,7 +45,7 @@ def child(code: str, *args) -> subprocess.Popen:
 PREPARE = """
 import sys
 from minigpt_wb.config import CorpusConfig
-from minigpt_wb.data.cache import prepare
+from minigpt_wb.data.prepare import prepare
 try: print(prepare(CorpusConfig(data=sys.argv[2]), sys.argv[1], progress=False).path.name)
 except ValueError as e: print("ValueError:", e)
 """
@@ -56,17 +56,17 @@ EIGHT = """
 import os, sys, time
 from pathlib import Path
 from minigpt_wb.config import CorpusConfig
-from minigpt_wb.data import cache
+from minigpt_wb.data import prepare as module
 root, text, i = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-fill = cache.fill
+fill = module.fill
 def counted(*args):
     (root/f"filled-{i}").touch()
     time.sleep(0.5)  # long enough for every other process to ask
     fill(*args)
-cache.fill = counted
+module.fill = counted
 (root/f"ready-{i}").touch()
 while not (root/"go").exists(): time.sleep(0.001)
-c = cache.prepare(CorpusConfig(data=text), root, progress=False)
+c = module.prepare(CorpusConfig(data=text), root, progress=False)
 print(c.path.name, len(c.train), len(c.val))
 """
 
@@ -93,15 +93,16 @@ def test_eight_processes_prepare_once(tmp_path, text):
 SLOW = """
 import sys, time
 from minigpt_wb.config import CorpusConfig
-from minigpt_wb.data import cache
-write = cache.TokenFile.write
+from minigpt_wb.data.cache import TokenFile
+from minigpt_wb.data.prepare import prepare
+write = TokenFile.write
 def slow(self, ids):
     n = write(self, ids)
     self.file.flush()
     time.sleep(60)
     return n
-cache.TokenFile.write = slow
-cache.prepare(CorpusConfig(data=sys.argv[2]), sys.argv[1], progress=False)
+TokenFile.write = slow
+prepare(CorpusConfig(data=sys.argv[2]), sys.argv[1], progress=False)
 """
 
 def test_killed_writer_leaves_nothing_and_frees_its_lock(tmp_path, text):
@@ -143,7 +144,7 @@ def test_a_kill_at_any_moment_is_harmless(tmp_path, text):
 
 def test_an_interrupt_leaves_nothing(tmp_path, text, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
-    monkeypatch.setattr(module, "encode", interrupted)
+    monkeypatch.setattr("minigpt_wb.data.cache.encode", interrupted)
     with pytest.raises(KeyboardInterrupt): prepare(config(text), tmp_path, progress=False)
     assert litter(tmp_path) == [] and list_caches(tmp_path) == []
 
