@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minigpt_wb.data.batches import EvalWindows
+from minigpt_wb.data.batches import IGNORE_INDEX, EvalWindows
 from minigpt_wb.training.checkpoints import load_model
 from minigpt_wb.training.trainer import loss_over
 
@@ -45,7 +45,10 @@ class Scored(torch.nn.Module):
         self.logits = logits
 
     def forward(self, tokens, targets):
-        return torch.nn.functional.cross_entropy(self.logits(tokens, targets).flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        logits = self.logits(tokens, targets).flatten(0, 1).float()
+        return torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+
+    def count(self, tokens, targets): return (targets != IGNORE_INDEX).sum()
 
 
 def whole_split(logits, val: np.ndarray) -> float:
@@ -78,7 +81,7 @@ def nanogpt(seed: int, peer: Path, folder: Path, val: np.ndarray) -> tuple[float
     saved = torch.load(work / "out/ckpt.pt", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
-    return whole_split(lambda tokens, targets: model.eval()(tokens, targets)[0], val), cpu_s
+    return whole_split(lambda tokens, targets: model.eval()(tokens, targets.clamp(min=0))[0], val), cpu_s
 
 
 def characters(data: Path, folder: Path) -> np.ndarray:

@@ -50,7 +50,7 @@ RUNS_DIR = {"runs_dir": "a folder of runs"}
 
 def prepare_command(argv: list[str]) -> int:
     "turn a corpus into ids, without training; --list and --clear for what is in the cache"
-    from minigpt_wb.data.cache import clear_caches, list_caches
+    from minigpt_wb.data.prepare import clear_caches, list_caches
     from minigpt_wb.train import from_command, ready
     if "--list" in argv:
         rows = [{"key": c.path.name} | {k: c.meta[k] for k in ("data", "tokenizer")} | c.meta["tokens"]

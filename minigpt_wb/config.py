@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', 'section', 'LENGTHS', 'ALIASES', 'TURNED',
            'IGNORED', 'ENTRY', 'PRESETS', 'DEFAULT_PRESET', 'ModelConfig', 'CorpusConfig', 'OptimConfig',
            'TrainingConfig', 'SamplingConfig', 'every_steps', 'RunConfig', 'leaf_names', 'section_of', 'did_you_mean',
-           'shown', 'plain', 'validated', 'error_line', 'write_atomically', 'flag', 'canonical', 'note',
+           'shown', 'plain', 'validated', 'error_line', 'write_atomically', 'flag', 'peak_of', 'canonical', 'note',
            'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
            'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config', 'take',
            'typed_flags', 'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
@@ -148,7 +148,7 @@ class TrainingConfig:
 class SamplingConfig:
     "The text written while training"
     sample_every: Every = 0                 # steps or "1 epoch" between samples; 0 never
-    sample_prompt: str = "\n"               # what a sample goes on from
+    sample_prompt: str | None = None        # what a sample goes on from; "def " for stdlib, else a new line
     max_new_tokens: Count = 200             # length of a sample, tokens
     temperature: Amount = 0.8               # 0 is greedy
     top_k: Count | None = 50                # draw from so many likeliest tokens
@@ -294,17 +294,23 @@ def flag(value: Any) -> bool:
     "A truth value, also as files and shells spell it"
     return TypeAdapter(bool).validate_python(value)
 
+def peak_of(seen: dict[str, Any]) -> float:
+    "The learning rate in `seen`, which `min_lr` is a share of"
+    for name in ("learning_rate", "lr"):
+        if name in seen: return float(seen[name])
+    raise ValueError("min_lr is a share of learning_rate: give both, or min_lr_ratio")
+
 TURNED = {  # a name whose value changes too -> the leaves that it gives
-    "train_split":    lambda v, seen: {"val_fraction": round(1 - float(v), 9)},
-    "min_lr":         lambda v, seen: {"min_lr_ratio": float(v) / float(seen.get("learning_rate") or seen["lr"])},
-    "use_amp":        lambda v, seen: {"dtype": seen.get("amp_dtype", "auto") if flag(v) else "float32"},
-    "fp16":           lambda v, seen: {"dtype": "float16" if flag(v) else "float32"},
-    "no_fp16":        lambda v, seen: {"dtype": "float32" if flag(v) else "float16"},
-    "adam_beta1":     lambda v, seen: {"betas": (float(v), float(seen.get("adam_beta2", 0.95)))},
-    "adam_beta2":     lambda v, seen: {"betas": (float(seen.get("adam_beta1", 0.9)), float(v))},
+    "train_split":   lambda v, seen: {"val_fraction": round(1 - float(v), 9)},
+    "min_lr":        lambda v, seen: {"min_lr_ratio": float(v) / peak_of(seen)},
+    "use_amp":       lambda v, seen: {"dtype": seen.get("amp_dtype", "auto") if flag(v) else "float32"},
+    "fp16":          lambda v, seen: {"dtype": "float16" if flag(v) else "float32"},
+    "no_fp16":       lambda v, seen: {"dtype": "float32" if flag(v) else "float16"},
+    "adam_beta1":    lambda v, seen: {"betas": (float(v), float(seen.get("adam_beta2", 0.95)))},
+    "adam_beta2":    lambda v, seen: {"betas": (float(seen.get("adam_beta1", 0.9)), float(v))},
     "use_rotary_emb": lambda v, seen: {"position": "rotary" if flag(v) else "learned"},
-    "compile":        lambda v, seen: {"compile": {"True": "model", "False": "off"}.get(str(v), v)},
-    "device_id":      lambda v, seen: {"gpus": f"{v},"},
+    "compile":       lambda v, seen: {"compile": {"True": "model", "False": "off"}.get(str(v), v)},
+    "device_id":     lambda v, seen: {"gpus": f"{v},"},
 }
 IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters save_optimizer
     gradient_as_bucket_view use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir
@@ -314,7 +320,7 @@ IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unuse
 ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
 
 def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, Any]:
-    "Leaves (and `entry` arguments) by our names; an unknown name is a ValueError that says what was meant"
+    "Leaves (and `entry` arguments) by our names; ValueError for an unknown name says what was meant"
     out, unknown, without = {}, [], []
     for name, value in values.items():
         key = name.replace("-", "_")
@@ -380,8 +386,8 @@ def size(d_model: int, n_layer: int, n_head: int, context_length: int, **others)
 
 def tiny() -> RunConfig:
     "A minute on a laptop, offline: 128 wide, 4 layers, context 256, on the standard library's source"
-    return size(128, 4, 4, 256, position="rotary", val_fraction=0.01, batch_size=8, max_steps=400,
-                learning_rate=4e-3, warmup_steps=30, eval_every=100, eval_tokens=2**15, sample_every=200)
+    return size(128, 4, 4, 256, position="rotary", val_fraction=0.01, batch_size=8, max_steps=300,
+                learning_rate=4e-3, warmup_steps=30, eval_every=100, eval_tokens=2**15, sample_every=100)
 
 def small() -> RunConfig:
     "256 wide, 6 layers, 8 heads, context 512"

@@ -22,7 +22,8 @@ from . import signals
 from .config import (DEFAULT_PRESET, ENTRY, RunConfig, from_flags, note, read_config, resolve,
                                split_flags, take)
 from .run import Run, RunFailed
-from .data.cache import TokenCache, prepare
+from .data.cache import TokenCache
+from .data.prepare import prepare
 from .model.gpt import named_function
 from .ddp.process import Process, broadcast_object, group, identity
 from .ddp.ranks import parse_gpus, pick, say, start_ranks
@@ -36,6 +37,8 @@ def ready(cfg: RunConfig, progress: bool = True) -> tuple[RunConfig, TokenCache]
         if cfg[name] and ":" in cfg[name]: named_function(cfg[name], name)
     cfg = cfg.override(**{name: absolute(cfg[name]) for name in ("data", "tokenizer")})
     cache = prepare(cfg.corpus, progress=progress, context_length=cfg.model.context_length)
+    prompt = "def " if cfg.corpus.data == "stdlib" else "\n"
+    if cfg.sampling.sample_prompt is None: cfg = cfg.override(sample_prompt=prompt)
     size = cfg.model.vocab_size
     if size is None: return cfg.override(vocab_size=cache.vocab_size), cache
     if size >= cache.vocab_size: return cfg, cache
