@@ -76,6 +76,7 @@ def test_every_door_gives_the_same_curve(shell, tmp_path):
         run = only(tmp_path / name)
         assert run.state == "finished", (name, run.status)
         curves[name] = losses(run)
+        if name == "papermill": assert (run.path / "train.ipynb").resolve() == (tmp_path / "out.ipynb").resolve()
     assert all(close(curve, curves["alone"]) for curve in curves.values()), curves
 
 
