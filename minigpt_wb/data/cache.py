@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config import CorpusConfig, find_root, note
+from ..config import find_root, note
 from .tokenizer import decode, encode, load_tokenizer, save_tokenizer, tokenizer_hash
 from .corpus import SplitPiece
 
@@ -154,20 +154,18 @@ class TokenCache:
 def amount(n: int | None) -> str: return "unknown" if n is None else f"{n:,}"
 
 # %% ../../nbs/12_data.cache.ipynb #0f3d33ed
-def write_meta(part: Path, tokenizer: "PreTrainedTokenizerFast", cfg: CorpusConfig,
-               files: dict[str, dict[str, Any]], documents: dict[str, int | None],
-               bytes: dict[str, int | None], **facts: Any) -> None:
+def write_meta(part: Path, made: "PreTrainedTokenizerFast", files: dict[str, dict[str, Any]],
+               documents: dict[str, int | None], bytes: dict[str, int | None], **facts: Any) -> None:
     # `files` `documents` `bytes`: by split; None where it is not known
-    # `facts`: what else is worth keeping, such as what went in
+    # `facts`: `data`, `tokenizer`: their names; `skipped` documents; `inputs`: what went in
     "Save the last two parts of a cache to the folder `part`: tokenizer/ and meta.json"
     tokens = {s: f["tokens"] for s, f in files.items()}
     known = any(tokens.values()) and None not in bytes.values()
-    meta = {"data": cfg.data, "tokenizer": cfg.tokenizer, "tokenizer_hash": tokenizer_hash(tokenizer),
-            "vocab_size": len(tokenizer), "tokens": tokens, "dtype": files["train"]["dtype"],
+    meta = {"tokenizer_hash": tokenizer_hash(made), "vocab_size": len(made), "dtype": files["train"]["dtype"],
+            "tokens": tokens, "documents": documents, "bytes": bytes,
             "bytes_per_token": round(sum(bytes.values()) / sum(tokens.values()), 4) if known else None,
-            "files": files, "documents": documents, "bytes": bytes, **facts,
-            "created": time.strftime("%Y-%m-%d %H:%M:%S")}
-    save_tokenizer(tokenizer, part/"tokenizer")
+            "files": files, **facts, "created": time.strftime("%Y-%m-%d %H:%M:%S")}
+    save_tokenizer(made, part/"tokenizer")
     with open(part/"meta.json", "x", encoding="utf-8") as f: json.dump(meta, f, indent=1)
 
 # %% ../../nbs/12_data.cache.ipynb #792c2ed3

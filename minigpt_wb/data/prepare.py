@@ -109,9 +109,10 @@ def write_cache(part: Path, cfg: CorpusConfig, corpus: Corpus, inputs: dict[str,
     if corpus.fingerprint() != inputs["text"]:
         raise ValueError(f"{corpus.name} changed while it was read: prepare it again")
     check_windows({s: f.tokens for s, f in files.items()}, cfg, window)
-    write_meta(part, tokenizer, cfg, {s: f.entry for s, f in files.items()},
+    write_meta(part, tokenizer, {s: f.entry for s, f in files.items()},
                {s: f.documents for s, f in files.items()}, {s: f.bytes for s, f in files.items()},
-               skipped=corpus.skipped, inputs=inputs, seconds=round(time.time() - started, 2))
+               data=cfg.data, tokenizer=cfg.tokenizer, skipped=corpus.skipped, inputs=inputs,
+               seconds=round(time.time() - started, 2))
 
 # %% ../../nbs/15_data.prepare.ipynb #152113e9
 class PlainUnpickler(pickle.Unpickler):
@@ -188,7 +189,8 @@ def adopt(cfg: CorpusConfig, paths: dict[str, Path], root: Path | str | None,
         for file in files.values(): check_ids(file, tokenizer, name)
         check_windows({s: f["tokens"] for s, f in files.items()}, cfg, window)
         unknown = dict.fromkeys(files)
-        write_meta(part, tokenizer, cfg, files, unknown, unknown, skipped=0, inputs=inputs, rows=rows)
+        write_meta(part, tokenizer, files, unknown, unknown, data=cfg.data, tokenizer=name, skipped=0,
+                   inputs=inputs, rows=rows)
 
     if rows: note(f"{cfg.data}: {rows}")
     return make_once(datasets_dir(root)/key_of(inputs), make)
