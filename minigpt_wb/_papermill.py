@@ -64,7 +64,7 @@ def fill_output(argv: list[str]) -> list[str]:
 NOTEBOOK = "MINIGPT_WB_NOTEBOOK"  # environment variable: where the notebook that runs is being written
 
 def output_of(argv: list[str]) -> str | None:
-    "The full path of the notebook that this command line writes; None when papermill will make it from a pattern"
+    "The full path of the notebook that this command line writes; None when papermill makes it from a pattern"
     files = [argv[1 + i] for i in paths(argv[1:])]
     if len(files) < 2 or "{" in files[1].replace("{{", ""): return None
     if not files[1].endswith(".ipynb"): return None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'HELP', 'ready', 'absolute', 'launch', 'link_notebook', 'rank', 'from_command', 'arguments', 'given',
-           'train_here', 'shared_run', 'speaker', 'train_apart', 'main']
+           'train_here', 'shared_run', 'speaker', 'in_terminal', 'show_run', 'train_apart', 'main']
 
 # %% ../nbs/71_train.ipynb #73475386
 if __name__ == "__main__" and "__file__" in globals():
@@ -12,8 +12,9 @@ if __name__ == "__main__" and "__file__" in globals():
     signals.install()
 
 # %% ../nbs/71_train.ipynb #adeb95f4
-import os, sys, traceback
-from collections.abc import Callable
+import os, sys, threading, traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,9 @@ def train_here(cfg: RunConfig, entry: dict[str, Any]) -> int:
     cfg, cache = ready(cfg, progress=process.is_main)
     with group(process):
         run = shared_run(cfg, entry, process)
-        try: state = fit(make_trainer(cfg, run, cache, process, say=speaker(process)))
+        try:
+            with in_terminal(run, process.is_main):
+                state = fit(make_trainer(cfg, run, cache, process, say=speaker()))
         except BaseException:
             if run.status["state"] != "failed":  # another rank may have said it first
                 run.set_status(state="failed", failed_rank=process.rank, error=traceback.format_exc())
@@ -139,17 +142,44 @@ def shared_run(cfg: RunConfig, entry: dict[str, Any], process: Process) -> Run:
     if isinstance(made, ValueError): raise made
     return made
 
-def speaker(process: Process) -> Callable[[str], None] | None:
-    "Where a rank's log lines are seen: every rank's in a pipe, rank 0's in a terminal"
-    if sys.stdout.isatty() and not process.is_main: return None
-    return partial(write_line, 1)
+def speaker() -> Callable[[str], None] | None:
+    "What takes a rank's log lines: a pipe takes every rank's; a terminal shows rank 0's by `in_terminal`"
+    return None if sys.stdout.isatty() else partial(write_line, 1)
+
+# %% ../nbs/71_train.ipynb #d629ed01
+@contextmanager
+def in_terminal(run: Run, wanted: bool = True) -> Iterator[None]:
+    "While the block runs, rank 0's log lines above a progress bar; nothing where stdout is not a terminal"
+    over = threading.Event()
+    viewer = threading.Thread(target=show_run, args=(run, over), daemon=True)
+    if wanted := wanted and sys.stdout.isatty(): viewer.start()
+    try: yield
+    finally:
+        over.set()
+        if wanted: viewer.join(5)
+
+def show_run(run: Run, over: threading.Event) -> None:
+    "Follow the log and the heartbeat of rank 0 until `over`, and once more"
+    from tqdm import tqdm
+    log, rest = run.log_path(0), ""
+    log.touch()
+    with tqdm(unit=" steps", dynamic_ncols=True) as bar, log.open(encoding="utf-8", errors="replace") as lines:
+        while True:
+            last = over.wait(0.2)
+            *whole, rest = (rest + lines.read()).split("\n")
+            for line in whole: tqdm.write(line)
+            bar.total = run.stored_status().get("total_steps")
+            bar.n = run.heartbeats().get(0, {}).get("step", 0)
+            bar.refresh()
+            if last: return
 
 # %% ../nbs/71_train.ipynb #787a7331
 def train_apart(cfg: RunConfig, entry: dict[str, Any]) -> int:
     "Train in spawned ranks -> exit status: 0, or 1 when a rank failed"
     signals.uninstall()  # the ranks have their own; Ctrl-C in this process asks them to stop
-    run = launch(cfg, echo=True, **entry)
-    try: run.wait()
+    run = launch(cfg, echo=not sys.stdout.isatty(), **entry)
+    try:
+        with in_terminal(run): run.wait(progress=False)
     except RunFailed as e:
         note(str(e))
         return 1

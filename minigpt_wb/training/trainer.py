@@ -166,7 +166,7 @@ def optimiser_step(t: Trainer) -> bool:
     t.scaler.update()
     t.position += samples
     t.timer.step(samples * t.cfg.model.context_length)
-    t.run.heartbeat(t.process.rank, t.step, "step")
+    t.run.heartbeat(t.process.rank, t.step + 1, "step")
     if t.scaler.get_scale() < scale: return skip(t, samples)
     if log_due(t): report_step(t, loss_sum, count, lr, norm)
     t.optimizer.zero_grad(set_to_none=True)
