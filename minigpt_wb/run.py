@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ENDED', 'STATES', 'SILENT_S', 'jsonable', 'from_json', 'append_line', 'read_lines', 'without_superseded',
            'process_start', 'boot_id', 'runs_root', 'checked_name', 'split_ref', 'is_run', 'git', 'code_patch',
-           'packages', 'Status', 'Records', 'Run', 'claim', 'no_such_run', 'list_runs', 'clock', 'Progress', 'summary',
-           'failure', 'RunFailed', 'teller', 'wait_for']
+           'packages', 'Status', 'Records', 'Run', 'claim', 'no_such_run', 'list_runs']
 
 # %% ../nbs/01_run.ipynb #504e69ce
 import fcntl, itertools, json, math, os, re, secrets, shutil, socket, subprocess, sys, time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, did_you_mean, find_root, shown, write_atomically
+from .config import RunConfig, did_you_mean, find_root, write_atomically
 
 # %% ../nbs/01_run.ipynb #d32aa9cd
 def jsonable(value: Any) -> Any:
@@ -304,12 +302,6 @@ class Run(Status, Records):
     def checkpoints_dir(self) -> Path: return self.path / "checkpoints"
     def log_path(self, rank: int) -> Path: return self.path / "log" / f"rank{rank}.log"
 
-    def wait(self, poll_s: float = 0.5, progress: bool | Callable[[str], None] = True) -> "Run":
-        "Block until the run has ended and return it; a failed one raises RunFailed. See `wait_for`"
-        return wait_for(self, poll_s, progress)
-
-    def _repr_markdown_(self) -> str: return summary(self)
-
 # %% ../nbs/01_run.ipynb #dbac5982
 def claim(root: Path, name: str, numbered: bool) -> Path:
     "Make the folder `root/name`: making it is the lock; `numbered`: a taken name gets -2, -3, ..."
@@ -341,99 +333,3 @@ def list_runs(runs_dir: str | Path | None = None) -> list[Run]:
     root = runs_root(runs_dir)
     folders = root.iterdir() if root.is_dir() else ()
     return sorted((Run(p) for p in folders if is_run(p)), key=age, reverse=True)
-
-# %% ../nbs/01_run.ipynb #31d53d5d
-def clock(seconds: float) -> str:
-    "Seconds as m:ss, or h:mm:ss from an hour on"
-    m, s = divmod(int(max(seconds, 0)), 60)
-    return f"{m // 60}:{m % 60:02}:{s:02}" if m >= 60 else f"{m}:{s:02}"
-
-class Progress:
-    "Where a run stands; reads only what is new since the last look"
-    def __init__(self, run: Run):
-        self.run, self.offset, self.last = run, 0, {}
-        try: self.max_steps = run.config["max_steps"]
-        except ValueError: self.max_steps = None  # a damaged run can still be looked at
-
-    def facts(self) -> dict[str, str]:
-        "What there is to say: state, step, loss, val loss, tok/s, time"
-        rows, self.offset = self.run.follow(self.offset)
-        for row in rows:
-            if row.get("kind") == "resume": self.last = {}
-            self.last[row.get("kind")] = row
-        status, train, val = self.run.status, self.last.get("train", {}), self.last.get("eval", {})
-        total = status.get("total_steps") or self.max_steps
-        step = train.get("step") or self.last.get("resume", status).get("step") or 0
-        if status["state"] in ENDED: step = max(step, status.get("step") or 0)
-        numbers = {"loss": (train.get("loss"), ".4f"), "val loss": (val.get("val_loss"), ".4f"),
-                   "tok/s": (train.get("tok_per_s"), ",.0f")}
-        found = {"state": status["state"], "step": f"{step}/{total}" if total else f"{step}"}
-        found |= {n: format(v, form) for n, (v, form) in numbers.items() if isinstance(v, (int, float))}
-        if not isinstance(started := status.get("started"), (int, float)): return found
-        return found | {"time": clock((status.get("ended") or time.time()) - started)}
-
-    def line(self) -> str:
-        "`NAME: running | step 57/600 | loss 3.2104 | tok/s 12,345 | time 0:42`"
-        (_, state), *others = self.facts().items()
-        return " | ".join([f"{self.run.name}: {state}", *(f"{n} {v}" for n, v in others)])
-
-def summary(run: Run) -> str:
-    "Markdown of a run: where it stands, where it lies, and its error when it failed"
-    facts = Progress(run).facts() | {"path": f"`{run.path}`"}
-    rows = "\n".join(f"| {n} | {shown(v)} |" for n, v in facts.items())
-    table = f"| run | {shown(run.name)} |\n|---|---|\n{rows}"
-    if facts["state"] != "failed": return table
-    return f"{table}\n\n~~~\n{failure(run.status).replace('~~~', '~ ~ ~')}\n~~~"
-
-def failure(status: dict[str, Any]) -> str:
-    "The error of a failed run, with the rank that failed first"
-    rank = status.get("failed_rank")
-    return f"{'' if rank is None else f'rank {rank}: '}{status.get('error') or 'no reason was written'}"
-
-# %% ../nbs/01_run.ipynb #4296e9b4
-class RunFailed(RuntimeError):
-    "A run ended as `failed`; `rank` is the one that failed first, where that is known"
-    def __init__(self, message: str, rank: int | None = None):
-        super().__init__(message)
-        self.rank = rank
-
-def teller(every_s: float = 10.0) -> Callable[[str], None]:
-    "Shows a line that changes: in place in a notebook, now and then on stderr elsewhere"
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    handle, told, when = None, "", -math.inf
-
-    def tell(line: str) -> None:
-        nonlocal handle, told, when
-        if line == told: return
-        if getattr(shell, "kernel", None):
-            from IPython.display import display
-            shows = {"text/plain": line}
-            if handle: handle.update(shows, raw=True)
-            else: handle = display(shows, raw=True, display_id=True)
-        elif time.monotonic() - when >= every_s or line.partition(" | ")[0] != told.partition(" | ")[0]:
-            print(line, file=sys.stderr, flush=True)
-            when = time.monotonic()
-        else: return
-        told = line
-    return tell
-
-def wait_for(run: Run, poll_s: float = 0.5, progress: bool | Callable[[str], None] = True) -> Run:
-    "Block until `run` has ended; the first Ctrl-C asks it to stop, the second ends its processes and raises"
-    tell = progress if callable(progress) else teller() if progress else lambda line: None
-    where, asked = Progress(run), False
-    while True:
-        try:
-            ended = run.state in ENDED
-            tell(where.line() + (" | stopping" if asked and not ended else ""))
-            if ended: break
-            time.sleep(poll_s)
-        except KeyboardInterrupt:
-            if asked:
-                if run.supervisor is not None: run.supervisor.kill()
-                raise
-            asked = True
-            run.stop()
-    if run.supervisor is not None: run.supervisor.wait(10)  # its ranks are about to leave
-    status = run.status
-    if status["state"] != "failed": return run
-    raise RunFailed(f"run {run.name} failed: {failure(status)}", status.get("failed_rank"))

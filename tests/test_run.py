@@ -12,7 +12,8 @@ import pytest
 
 from minigpt_wb import run as module
 from minigpt_wb.config import RunConfig
-from minigpt_wb.run import Run, RunFailed, list_runs
+from minigpt_wb.run import Run, list_runs
+from minigpt_wb.watch import RunFailed
 
 TINY = RunConfig.preset("tiny")
 spawn = multiprocessing.get_context("spawn")
@@ -23,7 +24,7 @@ def run(tmp_path): return Run.create(TINY, tmp_path, "a")
 
 
 def child(code, *argv):
-    command = [sys.executable, "-c", "import sys; from minigpt_wb.run import Run\n" + code, *map(str, argv)]
+    command = [sys.executable, "-c", "import sys; from minigpt_wb.watch import Run\n" + code, *map(str, argv)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -189,5 +190,5 @@ def test_second_interrupt_ends_the_wait(run):
 
 def test_cheap():
     "A run is light: its module loads no torch"
-    code = "import sys, minigpt_wb.run, minigpt_wb.signals; sys.exit('torch' in sys.modules)"
+    code = "import sys, minigpt_wb.watch, minigpt_wb.signals; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..run import Run
+from ..watch import Run
 
 if TYPE_CHECKING:
     from IPython.display import Image
