@@ -22,7 +22,8 @@ from typing import Any
 from . import signals
 from .config import (DEFAULT_PRESET, ENTRY, RunConfig, from_flags, note, read_config, resolve,
                                split_flags, take)
-from .run import Run, RunFailed
+from .run import Run
+from .watch import RunFailed
 from ._papermill import NOTEBOOK
 from .data.cache import TokenCache
 from .data.prepare import prepare
