@@ -164,7 +164,7 @@ def show_run(run: Run, over: threading.Event) -> None:
     from tqdm import tqdm
     log, rest = run.log_path(0), ""
     log.touch()
-    with tqdm(unit=" steps", dynamic_ncols=True) as bar, log.open(encoding="utf-8", errors="replace") as lines:
+    with tqdm(unit=" steps", dynamic_ncols=True) as bar, log.open(errors="replace") as lines:
         while True:
             last = over.wait(0.2)
             *whole, rest = (rest + lines.read()).split("\n")

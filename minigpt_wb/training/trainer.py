@@ -255,7 +255,8 @@ def evaluate(t: Trainer, max_tokens: int | None = None) -> bool:
     if max_tokens is None and (size := t.cache.meta["bytes"]["val"]):
         values["bits_per_byte"] = loss_sum / math.log(2) / size
     record(t, "eval", **values)
-    t.log.info(" | ".join([progress(t), *(f"{k}: {v:.6g}" for k, v in values.items())]))
+    said = " | ".join([progress(t), *(f"{k}: {v:.6g}" for k, v in values.items())])
+    if t.process.is_main: t.log.info(said)
     if t.stopper.update(t.val_loss) and not t.done: save(t)
     return t.stopper.due
 
@@ -322,8 +323,8 @@ def asked_to_stop(t: Trainer) -> str:
 # %% ../../nbs/70_training.trainer.ipynb #aafc845c
 def begin(t: Trainer) -> None:
     "Say what is going to happen, in the logs and in the run directory"
-    for line in start_lines(t): t.log.info(line)
     if not t.process.is_main: return
+    for line in start_lines(t): t.log.info(line)
     t.cfg.save(t.run.path / "config.yaml")
     t.run.set_status(state="running", world_size=t.process.world_size, step=0,
                      total_steps=t.length.steps)
@@ -350,7 +351,7 @@ def start_lines(t: Trainer) -> list[str]:
             f"Learning rate: {cfg.optim.learning_rate:g}, {cfg.optim.lr_schedule}, "
             f"{cfg.optim.warmup_steps} warmup steps",
             f"Dtype: {part.dtype}; attention {cfg.model.attention}; compiled: {part.compile}",
-            f"GPUs: {t.process.world_size} x {t.device.type}",
+            f"{'GPUs' if t.device.type == 'cuda' else 'Processes'}: {t.process.world_size} on {t.device.type}",
             f"Run: {t.run.path}"]
 
 def end(t: Trainer, state: str, reason: str = "") -> str:
