@@ -1,22 +1,23 @@
-"""The small character model of nanoGPT's README, trained by ours and by nanoGPT's own train.py: loss over the whole validation split, and CPU time.
+"""The small character model of nanoGPT's README, by ours and by its own train.py: validation loss, CPU time.
 
     python bench/bench_shakespeare.py --data tinyshakespeare.txt --peer PATH/TO/nanoGPT
 
-Both train 4 layers, 4 heads, 128 wide, context 64, batch 12, 2000 steps, learning rate 1e-3 to 1e-4 with warmup 100, betas 0.9 and 0.99, no dropout,
-on the first 90 % of the text, one thread, evaluation on the way off. Seeds alternate: ours, peer; peer, ours; ... Both models are then measured by the same
-code: every token of the last 10 % predicted once, in windows of 64. Without --peer only ours runs, and the table says so.
+Both train 4 layers, 4 heads, 128 wide, context 64, batch 12, 2000 steps, learning rate 1e-3 to 1e-4 with
+warmup 100, betas 0.9 and 0.99, no dropout, on the first 90 % of the text, one thread, no evaluation on the way.
+Turns alternate: ours, peer; peer, ours; ... Both models are then measured by the same code: every token of the
+last 10 % predicted once, in windows of 64. Without --peer only ours runs, and the table says so.
 """
 import argparse
 import json
 import os
 import pickle
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import torch
@@ -53,27 +54,30 @@ class Scored(torch.nn.Module):
 
 def whole_split(logits, val: np.ndarray) -> float:
     "Loss in nats per token over all of `val`"
-    loss_sum, count = loss_over(Scored(logits), EvalWindows(val, CONTEXT, 128).share(), torch.device("cpu"), torch.float32)
+    windows = EvalWindows(val, CONTEXT, 128).share()
+    loss_sum, count = loss_over(Scored(logits), windows, torch.device("cpu"), torch.float32)
     return loss_sum / count
 
 
 def ours(seed: int, data: Path, folder: Path, val: np.ndarray) -> tuple[float, float]:
     run = folder / f"runs/seed{seed}"
-    cpu_s = timed([sys.executable, "-m", "minigpt_wb.train", "--preset", "shakespeare_char", "--data", data, "--seed", seed, "--run-name", run.name,
-                   "--eval-every", 0, "--sample-every", 0, "--max-new-tokens", 1], folder)
+    settings = dict(preset="shakespeare_char", data=data, seed=seed, run_name=run.name, eval_every=0,
+                    sample_every=0, max_new_tokens=1)
+    words = [f"--{name}={value}" for name, value in settings.items()]
+    cpu_s = timed([sys.executable, "-m", "minigpt_wb.train", *words], folder)
     model, _, _ = load_model(run)
     return whole_split(lambda tokens, targets: model(tokens), val), cpu_s
 
 
 def nanogpt(seed: int, peer: Path, folder: Path, val: np.ndarray) -> tuple[float, float]:
-    program = (peer / "train.py").read_text().replace("torch.manual_seed(1337 + seed_offset)", f"torch.manual_seed({seed} + seed_offset)")
     work = folder / f"nanogpt{seed}"
     work.mkdir()
-    for name, text in {"train.py": program, "model.py": (peer / "model.py").read_text(),
-                       "configurator.py": (peer / "configurator.py").read_text()}.items(): (work / name).write_text(text)
+    for name in ("train.py", "model.py", "configurator.py"):
+        (work / name).write_text((peer / name).read_text().replace("(1337 + seed", f"({seed} + seed"))
     (work / "data").symlink_to(folder / "data")
-    settings = dict(dataset="shakespeare_char", device="cpu", compile=False, eval_interval=STEPS, eval_iters=1, log_interval=10, block_size=CONTEXT,
-                    batch_size=12, n_layer=4, n_head=4, n_embd=128, max_iters=STEPS, lr_decay_iters=STEPS, dropout=0.0, learning_rate=1e-3,
+    settings = dict(dataset="shakespeare_char", device="cpu", compile=False, eval_interval=STEPS,
+                    eval_iters=1, log_interval=10, block_size=CONTEXT, batch_size=12, n_layer=4, n_head=4,
+                    n_embd=128, max_iters=STEPS, lr_decay_iters=STEPS, dropout=0.0, learning_rate=1e-3,
                     min_lr=1e-4, beta2=0.99, warmup_iters=100, gradient_accumulation_steps=1, always_save_checkpoint=True)
     cpu_s = timed([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())], work)
     sys.path.insert(0, str(peer))
@@ -81,7 +85,8 @@ def nanogpt(seed: int, peer: Path, folder: Path, val: np.ndarray) -> tuple[float
     saved = torch.load(work / "out/ckpt.pt", weights_only=True)
     model = GPT(GPTConfig(**saved["model_args"]))
     model.load_state_dict(saved["model"])
-    return whole_split(lambda tokens, targets: model.eval()(tokens, targets.clamp(min=0))[0], val), cpu_s
+    model.eval()
+    return whole_split(lambda tokens, targets: model(tokens, targets.clamp(min=0))[0], val), cpu_s
 
 
 def characters(data: Path, folder: Path) -> np.ndarray:
@@ -91,13 +96,15 @@ def characters(data: Path, folder: Path) -> np.ndarray:
     ids = np.array([stoi[c] for c in text], dtype=np.uint16)
     target, cut = folder / "data/shakespeare_char", int(len(ids) * 0.9)
     target.mkdir(parents=True)
-    ids[:cut].tofile(target / "train.bin"); ids[cut:].tofile(target / "val.bin")
-    (target / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}))
+    ids[:cut].tofile(target / "train.bin")
+    ids[cut:].tofile(target / "val.bin")
+    meta = {"vocab_size": len(stoi), "stoi": stoi, "itos": {i: c for c, i in stoi.items()}}
+    (target / "meta.pkl").write_bytes(pickle.dumps(meta))
     return ids[cut:]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
     parser.add_argument("--seeds", type=int, default=3)
@@ -111,17 +118,22 @@ def main() -> None:
         if args.peer: sides["nanoGPT"] = lambda seed: nanogpt(seed, args.peer.resolve(), folder, val)
         for i in range(args.seeds):
             for name in list(sides)[::1 if i % 2 == 0 else -1]:
-                found[name].append(sides[name](1337 + i))
-                print(f"seed {1337 + i}  {name:8} loss {found[name][-1][0]:.4f}  CPU {found[name][-1][1]:.1f} s", flush=True)
+                loss, cpu_s = sides[name](1337 + i)
+                found[name].append((loss, cpu_s))
+                print(f"seed {1337 + i}  {name:8} loss {loss:.4f}  CPU {cpu_s:.1f} s", flush=True)
     print(f"\n{'':8}  {'median loss':>11}  {'min..max':>15}  {'median CPU s':>12}")
     for name, rows in found.items():
-        if not rows: print(f"{name:8}  not measured: give --peer"); continue
+        if not rows:
+            print(f"{name:8}  not measured: give --peer")
+            continue
         losses, cpu = zip(*rows)
-        print(f"{name:8}  {statistics.median(losses):11.4f}  {min(losses):7.4f}..{max(losses):.4f}  {statistics.median(cpu):12.1f}")
+        spread = f"{min(losses):7.4f}..{max(losses):.4f}"
+        print(f"{name:8}  {median(losses):11.4f}  {spread}  {median(cpu):12.1f}")
     if args.peer:
         ratios = [b[1] / a[1] for a, b in zip(found["ours"], found["nanoGPT"])]
-        gap = statistics.median(a[0] for a in found["ours"]) - statistics.median(b[0] for b in found["nanoGPT"])
-        print(f"loss: ours - nanoGPT {gap:+.4f}; CPU time: nanoGPT / ours {statistics.median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]")
+        gap = median(a[0] for a in found["ours"]) - median(b[0] for b in found["nanoGPT"])
+        print(f"loss: ours - nanoGPT {gap:+.4f}")
+        print(f"CPU time: nanoGPT / ours {median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]")
     if args.json: args.json.write_text(json.dumps({"seconds": time.time() - start, "runs": found}, indent=1))
 
 

@@ -11,8 +11,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # two cores, many processes
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 
-TINY = dict(preset="debug", data="toy", n_layer=1, d_model=32, context_length=32, batch_size=2, log_level="info",
-            tensorboard=False, max_new_tokens=8, eval_every=0, save_every=0)
+TINY = dict(preset="debug", data="toy", n_layer=1, d_model=32, context_length=32, batch_size=2,
+            log_level="info", tensorboard=False, max_new_tokens=8, eval_every=0, save_every=0)
 
 
 def flags(**settings) -> list[str]:
@@ -26,8 +26,8 @@ def shell(tmp_path):
     def run(*words, timeout=240, **more):
         program, *rest = map(str, words)
         found = BIN / program
-        return subprocess.run([found if found.exists() else program, *rest], cwd=tmp_path, capture_output=True, text=True,
-                              timeout=timeout, **more)
+        words = [found if found.exists() else program, *rest]
+        return subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=timeout, **more)
     return run
 
 

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,20 @@ from conftest import BIN, ROOT, TINY, alive, flags, until
 
 from minigpt_wb.config import RunConfig
 from minigpt_wb.run import Run, list_runs
-from minigpt_wb.train import launch, ready
+from minigpt_wb.train import launch
 
+NOTEBOOK = ROOT / "nbs/train.ipynb"
+TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port"]
 SAME = TINY | dict(max_steps=20, log_every=1, dropout=0.2, dtype="float32", learning_rate=3e-3)
 
 
 def losses(run: Run) -> list[float]:
     return [row["loss"] for row in run.rows("train")]
+
+
+def train_in(folder: Path, gpus: int = 1, **settings) -> Run:
+    "Train to the end in spawned ranks"
+    return launch(gpus=gpus, runs_dir=folder, progress=False, **settings).wait(progress=False)
 
 
 def only(folder: Path) -> Run:
@@ -36,11 +42,10 @@ def close(a: list[float], b: list[float], tolerance: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("batch", [8, 7, 3], ids=["divides", "ragged", "a rank without samples"])
 def test_same_losses_on_1_2_and_4_ranks(tmp_path, batch):
-    "1 process x accumulation, 2 ranks and 4: micro-batches of 2, the last of 1, and with batch 3 only two micro-batches"
+    "1 process with accumulation, 2 ranks and 4; micro-batches of 2, the last of 1; batch 3 makes only two"
     found = {}
     for gpus in (1, 2, 4):
-        run = launch(gpus=gpus, runs_dir=tmp_path, run_name=f"world{gpus}", global_batch_size=batch, progress=False, **SAME)
-        run.wait(progress=False)
+        run = train_in(tmp_path, gpus=gpus, run_name=f"world{gpus}", global_batch_size=batch, **SAME)
         found[gpus] = losses(run)
     assert len(found[1]) == 20 and found[1][-1] < found[1][0]
     assert close(found[1], found[2]) and close(found[1], found[4]), found
@@ -50,8 +55,7 @@ def test_dropout_and_order_matter(tmp_path):
     "What the test above compares does depend on the seed"
     curves = []
     for seed in (1, 2):
-        run = launch(gpus=1, runs_dir=tmp_path, run_name=f"seed{seed}", seed=seed, progress=False, **SAME | dict(max_steps=3))
-        run.wait(progress=False)
+        run = train_in(tmp_path, run_name=f"seed{seed}", seed=seed, **SAME | dict(max_steps=3))
         curves.append(losses(run))
     assert not close(*curves, tolerance=1e-3)
 
@@ -65,32 +69,35 @@ def test_every_door_gives_the_same_curve(shell, tmp_path):
     doors = {
         "alone": [sys.executable, "-m", "minigpt_wb.train", *words],
         "minigpt": ["minigpt", "train", "--gpus", "2", *words],
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", "29611", "-m", "minigpt_wb.train", *words],
-        "papermill": ["papermill", ROOT / "nbs/train.ipynb", tmp_path / "out.ipynb", *papermill, "-p", "gpus", "2"],
+        "torchrun": [*TORCHRUN, "29611", "-m", "minigpt_wb.train", *words],
+        "papermill": ["papermill", NOTEBOOK, tmp_path / "out.ipynb", *papermill, "-p", "gpus", "2"],
     }
     curves = {}
     for name, door in doors.items():
-        extra = ["-p", "runs_dir", str(tmp_path / name)] if name == "papermill" else ["--runs-dir", tmp_path / name]
-        done = shell(*door, *extra)
+        where = ["-p", "runs_dir"] if name == "papermill" else ["--runs-dir"]
+        done = shell(*door, *where, tmp_path / name)
         assert done.returncode == 0, (name, done.stdout[-2000:], done.stderr[-2000:])
         run = only(tmp_path / name)
         assert run.state == "finished", (name, run.status)
         curves[name] = losses(run)
-        if name == "papermill": assert (run.path / "train.ipynb").resolve() == (tmp_path / "out.ipynb").resolve()
     assert all(close(curve, curves["alone"]) for curve in curves.values()), curves
+    linked = run.path / "train.ipynb"  # of the last door, papermill
+    assert linked.resolve() == (tmp_path / "out.ipynb").resolve()
 
 
 def test_torchrun_refuses_gpus(shell, tmp_path):
-    done = shell("torchrun", "--nproc-per-node", "2", "--master-port", "29612", "-m", "minigpt_wb.train", *flags(**TINY), "--gpus", "2")
+    done = shell(*TORCHRUN, "29612", "-m", "minigpt_wb.train", *flags(**TINY), "--gpus", "2")
     assert done.returncode != 0 and done.stderr.count("torchrun has started the ranks") == 1
     assert not (tmp_path / "runs").exists()
 
 
 def test_lines_of_all_ranks_in_a_pipe(shell):
     done = shell("minigpt", "train", "--gpus", "2", *flags(**TINY | dict(max_steps=3, log_every=1)))
-    line = r"^GPU{0}:INFO \| \[GPU {0}\] Step \[\d/3\] \| Loss: \d+\.\d{{4}} \| LR: \d\.\d\de-\d\d \| Grad Norm: \d+\.\d{{4}} \| ETA: \d+:\d\d$"
+    line = (r"^GPU{0}:INFO \| \[GPU {0}\] Step \[\d/3\] \| Loss: \d+\.\d{{4}} \| LR: \d\.\d\de-\d\d \| "
+            r"Grad Norm: \d+\.\d{{4}} \| ETA: \d+:\d\d$")
     for rank in (0, 1): assert len(re.findall(line.format(rank), done.stdout, re.M)) == 3, done.stdout
-    renamed = shell(sys.executable, "-m", "minigpt_wb.train", *flags(**TINY | dict(max_steps=1)), env=os.environ | {"GPU_RANK": "5"})
+    alone = [sys.executable, "-m", "minigpt_wb.train", *flags(**TINY | dict(max_steps=1))]
+    renamed = shell(*alone, env=os.environ | {"GPU_RANK": "5"})
     assert re.search(r"^GPU5:INFO \| \[GPU 5\] Step \[0/1\]", renamed.stdout, re.M)
 
 
@@ -102,7 +109,8 @@ def build(cfg):
     class Bigram(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.table, self.head = torch.nn.Embedding(cfg.vocab_size, 16), torch.nn.Linear(16, cfg.vocab_size, bias=False)
+            self.table = torch.nn.Embedding(cfg.vocab_size, 16)
+            self.head = torch.nn.Linear(16, cfg.vocab_size, bias=False)
         def hidden(self, tokens, attention_mask=None, positions=None, cache=None): return self.table(tokens)
         @property
         def head_weight(self): return self.head.weight
@@ -114,9 +122,9 @@ def build(cfg):
 def test_model_of_a_notebook_cell_on_two_ranks(tmp_path):
     import nbformat
     from nbclient import NotebookClient
-    settings = TINY | dict(max_steps=5, log_every=1)
-    cells = [MODEL, f"from minigpt_wb.train import launch\nrun = launch(gpus=2, model_fn=build, runs_dir={str(tmp_path)!r}, **{settings!r})",
-             "run.wait()\nrun.state"]
+    settings = TINY | dict(max_steps=5, log_every=1, runs_dir=str(tmp_path))
+    cells = [MODEL, "from minigpt_wb.train import launch",
+             f"run = launch(gpus=2, model_fn=build, **{settings!r})", "run.wait()\nrun.state"]
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in cells])
     NotebookClient(nb, timeout=200, kernel_name="python3").execute()
     assert nb.cells[-1].outputs[-1]["data"]["text/plain"] == "'finished'"
@@ -125,8 +133,8 @@ def test_model_of_a_notebook_cell_on_two_ranks(tmp_path):
 
 def test_model_by_name_under_torchrun(shell, tmp_path):
     (tmp_path / "my_model.py").write_text(MODEL)
-    done = shell("torchrun", "--nproc-per-node", "2", "--master-port", "29613", "-m", "minigpt_wb.train", *flags(**TINY),
-                 "--model-fn", "my_model:build", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    done = shell(*TORCHRUN, "29613", "-m", "minigpt_wb.train", *flags(**TINY), "--model-fn", "my_model:build",
+                 env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr[-2000:]
     assert only(tmp_path / "runs").state == "finished"
 
@@ -137,8 +145,8 @@ LONG = TINY | dict(max_steps=100000, log_every=1)
 
 
 def start(folder: Path, *words, **more) -> subprocess.Popen:
-    return subprocess.Popen([str(w) for w in words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, **more)
+    return subprocess.Popen([str(w) for w in words], cwd=folder, stdout=subprocess.DEVNULL,
+                            stderr=subprocess.PIPE, text=True, start_new_session=True, **more)
 
 
 def running(folder: Path) -> tuple[Run, list[int]]:
@@ -173,13 +181,14 @@ def test_kill_of_a_rank_is_named(tmp_path):
     os.kill(run.heartbeats()[1]["pid"], signal.SIGKILL)
     until(lambda: not any(map(alive, pids)), 2)
     assert program.wait(30) == 1
-    assert run.state == "failed" and run.status["failed_rank"] == 1 and "rank 1 was killed by SIGKILL" in run.error
+    assert (run.state, run.status["failed_rank"]) == ("failed", 1)
+    assert "rank 1 was killed by SIGKILL" in run.error
 
 
 @pytest.mark.parametrize("victim", ["papermill", "kernel"])
 def test_kill_of_papermill_or_its_kernel(tmp_path, victim):
     words = [w for name, value in LONG.items() for w in ("-p", name, str(value))]
-    program = start(tmp_path, BIN / "papermill", ROOT / "nbs/train.ipynb", tmp_path / "out.ipynb", *words, "-p", "gpus", "2",
+    program = start(tmp_path, BIN / "papermill", NOTEBOOK, tmp_path / "out.ipynb", *words, "-p", "gpus", "2",
                     "-p", "runs_dir", tmp_path / "runs")
     run, pids = running(tmp_path / "runs")
     os.kill(program.pid if victim == "papermill" else run.status["pid"], signal.SIGKILL)
@@ -193,8 +202,7 @@ def test_kill_of_papermill_or_its_kernel(tmp_path, victim):
 
 def test_float16_overflow_is_counted_and_does_not_advance(tmp_path):
     "A loss scale of 65536 overflows at once with weights this large; the schedule still takes every step"
-    run = launch(gpus=1, runs_dir=tmp_path, progress=False, **TINY | dict(max_steps=6, log_every=1, dtype="float16", init_std=2.0))
-    run.wait(progress=False)
+    run = train_in(tmp_path, **TINY | dict(max_steps=6, log_every=1, dtype="float16", init_std=2.0))
     skipped = [row for row in run.rows("event") if row.get("event") == "skipped step"]
     assert skipped and run.status["step"] == 6
     assert [row["step"] for row in run.rows("train")] == [1, 2, 3, 4, 5, 6]
@@ -202,15 +210,14 @@ def test_float16_overflow_is_counted_and_does_not_advance(tmp_path):
 
 
 def test_patience_stops_early(tmp_path):
-    run = launch(gpus=1, runs_dir=tmp_path, progress=False,
-                 **TINY | dict(max_steps=500, eval_every=5, patience=2, min_delta=5.0, log_every=5))
-    run.wait(progress=False)
+    settings = dict(max_steps=500, eval_every=5, patience=2, min_delta=5.0, log_every=5)
+    run = train_in(tmp_path, **TINY | settings)
     assert run.state == "finished" and run.status["step"] == 15  # the first counts, then two without progress
     assert [row["step"] for row in run.rows("eval")] == [5, 10, 15, 15]
 
 
 def test_goldens(tmp_path):
-    "Twenty steps on the toy corpus: a refactor must not move them (`python tests/test_training.py` writes them anew)"
+    "Twenty steps on toy, which a refactor must not move; `python tests/test_training.py` writes them"
     assert close(golden_losses(tmp_path), json.loads(GOLDEN.read_text()), tolerance=2e-4)
 
 
@@ -218,9 +225,8 @@ GOLDEN = ROOT / "tests/goldens/debug.json"
 
 
 def golden_losses(folder: Path) -> list[float]:
-    run = launch(preset="debug", gpus=1, runs_dir=folder, progress=False, max_steps=20, learning_rate=3e-3, eval_every=0, dropout=0.1,
-                 data="toy", log_level="info", tensorboard=False, max_new_tokens=4)
-    run.wait(progress=False)
+    run = train_in(folder, preset="debug", max_steps=20, learning_rate=3e-3, eval_every=0, dropout=0.1,
+                   data="toy", log_level="info", tensorboard=False, max_new_tokens=4)
     return [round(loss, 6) for loss in losses(run)]
 
 
@@ -253,7 +259,7 @@ def bad_files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty.txt").write_bytes(b"")
     (folder / "binary.txt").write_bytes(b"text\0more" * 100)
-    (folder / "latin.txt").write_bytes("twelve bytes caf\u00e9 ".encode("latin-1").replace(b"twelve bytes caf", b"twelve bytes") * 9)
+    (folder / "latin.txt").write_bytes(b"twelve bytes\xe9 " * 9)
     (folder / "short.txt").write_text("too short")
     (folder / "small.txt").write_text("a few words only, " * 40)
     Run.create(RunConfig.preset("debug"), folder / "runs", "taken")
@@ -274,8 +280,10 @@ def test_bad_input(says, bad_files, capfd, monkeypatch):
 
 
 def test_unknown_parameter_stops_papermill(shell, tmp_path):
-    done = shell("papermill", ROOT / "nbs/train.ipynb", tmp_path / "out.ipynb", "-p", "n_layr", "3", "-p", "runs_dir", tmp_path / "runs")
-    assert done.returncode == 1 and "did you mean 'n_layer'" in done.stderr and not (tmp_path / "runs").exists()
+    wrong = ["-p", "n_layr", "3", "-p", "runs_dir", tmp_path / "runs"]
+    done = shell("papermill", NOTEBOOK, tmp_path / "out.ipynb", *wrong)
+    assert done.returncode == 1 and "did you mean 'n_layer'" in done.stderr
+    assert not (tmp_path / "runs").exists()
 
 
 if __name__ == "__main__":
