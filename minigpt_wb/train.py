@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'HELP', 'ready', 'absolute', 'launch', 'link_notebook', 'rank', 'from_command', 'arguments', 'given',
-           'train_here', 'shared_run', 'speaker', 'in_terminal', 'show_run', 'train_apart', 'main']
+           'train_here', 'status_of', 'shared_run', 'speaker', 'in_terminal', 'show_run', 'train_apart', 'main']
 
 # %% ../nbs/71_train.ipynb #73475386
 if __name__ == "__main__" and "__file__" in globals():
@@ -119,9 +119,9 @@ def given(namespace: dict[str, Any], before: set[str]) -> tuple[dict[str, Any], 
 # %% ../nbs/71_train.ipynb #b76961a8
 def train_here(cfg: RunConfig, entry: dict[str, Any]) -> int:
     "Train in this process, as the rank that it is -> exit status: 0, or 75 after a signal"
-    signals.install()
     process = identity(cfg.training.device)
     cfg, cache = ready(cfg, progress=process.is_main)
+    signals.install()  # from here on there is something to save
     with group(process):
         run = shared_run(cfg, entry, process)
         try:
@@ -131,7 +131,11 @@ def train_here(cfg: RunConfig, entry: dict[str, Any]) -> int:
             if run.status["state"] != "failed":  # another rank may have said it first
                 run.set_status(state="failed", failed_rank=process.rank, error=traceback.format_exc())
             raise
-    return 75 if state == "stopped" and signals.requested() else 0
+    return status_of(state)
+
+def status_of(state: str) -> int:
+    "Exit status of a run that ended well: 75, requeue it, after a cluster's signal; Ctrl-C is a request"
+    return 75 if state == "stopped" and signals.requested() in ("SIGTERM", "SIGUSR1") else 0
 
 def shared_run(cfg: RunConfig, entry: dict[str, Any], process: Process) -> Run:
     "The run that rank 0 makes, on every rank; the same ValueError on all when it cannot be made"
@@ -176,15 +180,19 @@ def show_run(run: Run, over: threading.Event) -> None:
 
 # %% ../nbs/71_train.ipynb #787a7331
 def train_apart(cfg: RunConfig, entry: dict[str, Any]) -> int:
-    "Train in spawned ranks -> exit status: 0, or 1 when a rank failed"
-    signals.uninstall()  # the ranks have their own; Ctrl-C in this process asks them to stop
+    "Train in spawned ranks -> exit status: 0, 75 after a cluster's signal, or 1 when a rank failed"
+    cfg, _ = ready(cfg)
+    signals.install()  # from here on there is something to save
     run = launch(cfg, echo=not sys.stdout.isatty(), **entry)
+    asked: list[dict] = []
+    def pass_on(line: str) -> None:
+        if signals.requested() and not asked: asked.append(run.stop())
     try:
-        with in_terminal(run): run.wait(progress=False)
+        with in_terminal(run): run.wait(poll_s=0.1, progress=pass_on)
     except RunFailed as e:
         note(str(e))
         return 1
-    return 0
+    return status_of(run.state)
 
 def main(argv: list[str] | None = None) -> int:
     "The command -> exit status: 0 finished or stopped, 1 a rank failed, 2 bad input, 75 saved on a signal"

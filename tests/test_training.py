@@ -167,12 +167,13 @@ def test_ctrl_c_saves_and_ends_cleanly(tmp_path):
     assert (run.checkpoints_dir / f"step_{run.status['step']:010d}" / "MANIFEST.json").exists()
 
 
-def test_sigterm_saves_with_status_75(tmp_path):
-    program = start(tmp_path, sys.executable, "-m", "minigpt_wb.train", *flags(**LONG))
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_sigterm_saves_with_status_75(tmp_path, gpus):
+    program = start(tmp_path, sys.executable, "-m", "minigpt_wb.train", "--gpus", gpus, *flags(**LONG))
     run, pids = running(tmp_path / "runs")
     program.send_signal(signal.SIGTERM)
     assert program.wait(30) == 75, program.stderr.read()
-    assert run.state == "stopped" and (run.checkpoints_dir / "latest").exists()
+    assert run.state == "stopped" and (run.checkpoints_dir / "latest").exists() and not any(map(alive, pids))
 
 
 def test_kill_of_a_rank_is_named(tmp_path):
