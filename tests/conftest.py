@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # two cores, many processes
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # two cores, many processes; no network
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 

@@ -272,7 +272,6 @@ def test_bad_input(says, bad_files, capfd, monkeypatch):
     "Status 2, a line that names the trouble, and no new run"
     from minigpt_wb.train import main
     monkeypatch.chdir(bad_files)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     before = sorted((bad_files / "runs").iterdir())
     base = flags(**{k: v for k, v in TINY.items() if f"--{k.replace('_', '-')}" not in BAD[says]})
     assert main([*base, *BAD[says]]) == 2
