@@ -317,7 +317,9 @@ def asked_to_stop(t: Trainer) -> str:
     asked = 2 if signals.requested() else 0
     if t.process.is_main:
         commands, t.control = t.run.commands(t.control)
-        if any(c.get("command") == "stop" for c in commands): asked = max(asked, 1)
+        for stop in (c for c in commands if c.get("command") == "stop"):
+            asked = max(asked, 1)
+            t.run.log_row("control", step=t.step, command="stop", id=stop.get("id"))
     return ("", "asked to stop", "signal")[int(max_over_ranks(asked))]
 
 # %% ../../nbs/70_training.trainer.ipynb #aafc845c
