@@ -6,7 +6,7 @@
 __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', 'section', 'LENGTHS', 'ALIASES', 'TURNED',
            'IGNORED', 'ENTRY', 'PRESETS', 'DEFAULT_PRESET', 'ModelConfig', 'CorpusConfig', 'OptimConfig',
            'TrainingConfig', 'SamplingConfig', 'every_steps', 'RunConfig', 'leaf_names', 'section_of', 'did_you_mean',
-           'shown', 'plain', 'validated', 'error_line', 'write_atomically', 'flag', 'peak_of', 'canonical', 'note',
+           'validated', 'error_line', 'shown', 'plain', 'write_atomically', 'flag', 'peak_of', 'canonical', 'note',
            'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
            'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config', 'take',
            'typed_flags', 'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
@@ -101,7 +101,7 @@ class CorpusConfig:
         if self.data.strip(): return
         raise ValueError("data is empty: give stdlib, toy, a path, a glob or hf:NAME")
 
-
+# %% ../nbs/00_config.ipynb #2821d7ab
 @section
 class OptimConfig:
     "AdamW and its learning-rate schedule"
@@ -114,7 +114,7 @@ class OptimConfig:
     adam_eps: Positive = 1e-8               # added to the root of the second moment
     max_grad_norm: Amount = 1.0             # gradients are scaled down to this norm; 0 never
 
-
+# %% ../nbs/00_config.ipynb #bd0b5e82
 @section
 class TrainingConfig:
     "How much is trained, on what, and how often something is said"
@@ -143,7 +143,7 @@ class TrainingConfig:
     def __post_init__(self):
         for name in ("eval_every", "save_every"): every_steps(getattr(self, name), 1, name)
 
-
+# %% ../nbs/00_config.ipynb #6aa328f9
 @section
 class SamplingConfig:
     "The text written while training"
@@ -156,7 +156,7 @@ class SamplingConfig:
 
     def __post_init__(self): every_steps(self.sample_every, 1, "sample_every")
 
-
+# %% ../nbs/00_config.ipynb #34440394
 def every_steps(every: int | str, steps_per_epoch: float, name: str = "every") -> int:
     "Steps between two events: 500 is itself, `\"0.5 epoch\"` counts epochs, 0 is never"
     if isinstance(every, int): return every
@@ -235,6 +235,7 @@ def leaf_names() -> dict[str, str]:
     return {f.name: part.name for part in fields(RunConfig) for f in fields(part.default_factory)}
 
 def section_of(name: str) -> str:
+    "The section that holds the leaf `name`"
     return leaf_names()[name]
 
 def did_you_mean(name: str, known) -> str:
@@ -242,6 +243,21 @@ def did_you_mean(name: str, known) -> str:
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
+# %% ../nbs/00_config.ipynb #3cb9146e
+def validated(cls: type, values: dict[str, Any]) -> Any:
+    "`cls` from plain values; a pydantic error becomes one line for each wrong value: given, expected"
+    try: return TypeAdapter(cls).validate_python(values)
+    except ValidationError as e: lines = dict.fromkeys(error_line(x) for x in e.errors())
+    raise ValueError("\n".join(lines))
+
+def error_line(error: dict) -> str:
+    "One of pydantic's errors: the leaf, what was given, what was expected"
+    if error["type"] == "value_error": return str(error["ctx"]["error"])
+    names = [str(p) for p in error["loc"] if p in leaf_names()]
+    expected = error["msg"].removeprefix("Input should be ")
+    return f"{names[0] if names else error['loc']}={error['input']!r} is not valid: expected {expected}"
+
+# %% ../nbs/00_config.ipynb #7c74285e
 def shown(value: Any) -> str:
     "A leaf's value for a table or a log line: no line breaks, no bars"
     blank = isinstance(value, str) and value.strip() != (value or None)
@@ -251,18 +267,6 @@ def plain(value: Any) -> Any:
     "Tuples as lists, for YAML and JSON"
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
-
-def validated(cls: type, values: dict[str, Any]) -> Any:
-    "`cls` from plain values; a pydantic error becomes one line for each wrong value: given, expected"
-    try: return TypeAdapter(cls).validate_python(values)
-    except ValidationError as e: lines = dict.fromkeys(error_line(x) for x in e.errors())
-    raise ValueError("\n".join(lines))
-
-def error_line(error: dict) -> str:
-    if error["type"] == "value_error": return str(error["ctx"]["error"])
-    names = [str(p) for p in error["loc"] if p in leaf_names()]
-    expected = error["msg"].removeprefix("Input should be ")
-    return f"{names[0] if names else error['loc']}={error['input']!r} is not valid: expected {expected}"
 
 def write_atomically(path: Path, text: str) -> None:
     "Replace `path` by `text` in one rename, so that a reader sees the old file or the new one"
@@ -290,6 +294,7 @@ ALIASES = {new: old for old, news in {
     "run_name": "experiment_name", "runs_dir": "out_dir save_dir checkpoint_dir output_dir",
 }.items() for new in news.split()}
 
+# %% ../nbs/00_config.ipynb #3aa4adce
 def flag(value: Any) -> bool:
     "A truth value, also as files and shells spell it"
     return TypeAdapter(bool).validate_python(value)
@@ -319,6 +324,7 @@ IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unuse
     generate_samples hf_token tags""".split())
 ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
 
+# %% ../nbs/00_config.ipynb #744cab26
 def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, Any]:
     "Leaves (and `entry` arguments) by our names; ValueError for an unknown name says what was meant"
     out, unknown, without = {}, [], []
@@ -366,6 +372,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     return dict(pairs)
 
 def flat(tree: dict) -> Iterator[tuple[str, Any]]:
+    "(name, value) of every leaf, however deep"
     for name, value in tree.items():
         if isinstance(value, dict): yield from flat(value)
         else: yield str(name), value
@@ -404,6 +411,7 @@ def large() -> RunConfig:
     return size(768, 12, 12, 1024, position="rotary", val_fraction=0.02, batch_size=16, max_steps=50000,
                 learning_rate=6e-4, warmup_steps=1000, eval_every=1000, eval_tokens=2**20)
 
+# %% ../nbs/00_config.ipynb #76d89f0b
 def debug() -> RunConfig:
     "Two layers, ten steps, every step logged, float32: is anything wrong at all?"
     return size(64, 2, 2, 64, position="rotary", data="toy", batch_size=4, max_steps=10, learning_rate=1e-4,
@@ -422,6 +430,7 @@ def medical() -> RunConfig:
                 data="hf:openmed-community/TheBlueScrubs-v1-fixed", tokenizer="hf:HuggingFaceTB/SmolLM-135M",
                 corpus_documents=2000, batch_size=48, max_steps=100, warmup_steps=10)
 
+# %% ../nbs/00_config.ipynb #9ca31d90
 def gpt2() -> RunConfig:
     "GPT-2 124M as nanoGPT trains it: 0.5 M tokens a step"
     return size(768, 12, 12, 1024, activation="gelu_tanh", vocab_size=50304,
@@ -493,6 +502,7 @@ def split_flags(argv: list[str], entry: dict[str, str]) -> tuple[dict[str, str],
         found[key] = value
     return found, rest
 
+# %% ../nbs/00_config.ipynb #04cdc050
 def comments(cls: type) -> dict[str, str]:
     "The comment beside each field of a section, by name"
     try: source = inspect.getsource(cls)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ENDED', 'STATES', 'SILENT_S', 'jsonable', 'from_json', 'append_line', 'read_lines', 'without_superseded',
            'process_start', 'boot_id', 'runs_root', 'checked_name', 'split_ref', 'is_run', 'git', 'code_patch',
-           'packages', 'Status', 'Records', 'Run', 'claim', 'no_such_run', 'list_runs']
+           'packages', 'Heartbeats', 'Status', 'Records', 'Run', 'claim', 'no_such_run', 'list_runs']
 
 # %% ../nbs/01_run.ipynb #504e69ce
 import fcntl, itertools, json, math, os, re, secrets, shutil, socket, subprocess, sys, time
@@ -143,9 +143,36 @@ def packages() -> str:
     return "\n".join(lines) + "\n"
 
 # %% ../nbs/01_run.ipynb #837a9c9f
-class Status:
-    "The part of a run that says how it is: status.json and heartbeat/"
+class Heartbeats:
+    "The part of a run that says which rank was where: heartbeat/"
     path: Path
+
+    def heartbeat(self, rank: int, step: int, phase: str, **values: Any) -> None:
+        "Say that `rank` lives, and where it is: cheap, meant for about once a second"
+        beat = {"rank": rank, "step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), **values}
+        line = json.dumps(jsonable(beat)).ljust(511).encode() + b"\n"
+        fd = os.open(self.path / "heartbeat" / f"rank{rank}", os.O_WRONLY | os.O_CREAT, 0o644)
+        try: os.write(fd, line)
+        finally: os.close(fd)
+
+    def heartbeats(self) -> dict[int, dict[str, Any]]:
+        "The last sign of every rank: rank -> step, phase, time, age_s, ..."
+        files = [p for p in self.path.glob("heartbeat/rank*") if p.is_file()]
+        beats = [from_json(p.read_bytes().partition(b"\n")[0]) or {} for p in files]
+        beats = [b for b in beats if isinstance(b.get("rank"), int) and isinstance(b.get("time"), float)]
+        beats.sort(key=lambda b: b["rank"])
+        return {b["rank"]: b | {"age_s": time.time() - b["time"]} for b in beats}
+
+    def last_seen(self) -> str:
+        "Where every rank was at its last sign, in words"
+        beats = self.heartbeats().values()
+        if not beats: return "no rank had started"
+        words = (f"rank {b['rank']} {b.get('phase')} at step {b.get('step')}" for b in beats)
+        return f"last seen: {', '.join(words)}"
+
+# %% ../nbs/01_run.ipynb #0f1a20f2
+class Status(Heartbeats):
+    "The part of a run that says how it is: status.json"
 
     def stored_status(self) -> dict[str, Any]:
         "status.json as it is; a file that cannot be read is a failed run"
@@ -190,29 +217,6 @@ class Status:
         heard = max([found.get("updated") or 0, *(beat["time"] for beat in self.heartbeats().values())])
         if found["state"] == "preparing" or time.time() - heard < SILENT_S: return None
         return f"launcher died: nothing from {host} since {time.ctime(heard)}; {self.last_seen()}"
-
-    def heartbeat(self, rank: int, step: int, phase: str, **values: Any) -> None:
-        "Say that `rank` lives, and where it is: cheap, meant for about once a second"
-        beat = {"rank": rank, "step": step, "phase": phase, "time": time.time(), "pid": os.getpid(), **values}
-        line = json.dumps(jsonable(beat)).ljust(511).encode() + b"\n"
-        fd = os.open(self.path / "heartbeat" / f"rank{rank}", os.O_WRONLY | os.O_CREAT, 0o644)
-        try: os.write(fd, line)
-        finally: os.close(fd)
-
-    def heartbeats(self) -> dict[int, dict[str, Any]]:
-        "The last sign of every rank: rank -> step, phase, time, age_s, ..."
-        files = [p for p in self.path.glob("heartbeat/rank*") if p.is_file()]
-        beats = [from_json(p.read_bytes().partition(b"\n")[0]) or {} for p in files]
-        beats = [b for b in beats if isinstance(b.get("rank"), int) and isinstance(b.get("time"), float)]
-        beats.sort(key=lambda b: b["rank"])
-        return {b["rank"]: b | {"age_s": time.time() - b["time"]} for b in beats}
-
-    def last_seen(self) -> str:
-        "Where every rank was at its last sign, in words"
-        beats = self.heartbeats().values()
-        if not beats: return "no rank had started"
-        words = (f"rank {b['rank']} {b.get('phase')} at step {b.get('step')}" for b in beats)
-        return f"last seen: {', '.join(words)}"
 
 # %% ../nbs/01_run.ipynb #835af6b8
 class Records:
