@@ -48,6 +48,7 @@ def words(argv: list[str], usage: str, flags: dict[str, str],
 
 RUNS_DIR = {"runs_dir": "a folder of runs"}
 
+# %% ../nbs/99_cli.ipynb #2870284c
 def prepare_command(argv: list[str]) -> int:
     "turn a corpus into ids, without training; --list and --clear for what is in the cache"
     from minigpt_wb.data.prepare import clear_caches, list_caches
@@ -82,6 +83,7 @@ def eval_command(argv: list[str]) -> int:
         print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
     return 0
 
+# %% ../nbs/99_cli.ipynb #7ffcd0fa
 def runs_command(argv: list[str]) -> int:
     "list the runs, newest first"
     _, flags = words(argv, "minigpt runs [--runs-dir DIR]", RUNS_DIR, at_most=0)

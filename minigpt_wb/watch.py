@@ -99,6 +99,7 @@ def teller(every_s: float = 10.0) -> Callable[[str], None]:
         told = line
     return tell
 
+# %% ../nbs/04_watch.ipynb #9d432dc0
 def wait_for(run: Run, poll_s: float = 0.5, progress: bool | Callable[[str], None] = True) -> Run:
     "Block until `run` has ended; the first Ctrl-C asks it to stop, the second ends its processes and raises"
     tell = progress if callable(progress) else teller() if progress else lambda line: None

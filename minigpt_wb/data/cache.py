@@ -128,6 +128,13 @@ class TokenCache:
         return np.memmap(self.path/file["file"], file["dtype"], "r", file["offset"], (file["tokens"],))
 
     @property
+    def place(self) -> Path:
+        "The folder, from the project's root where it lies below it"
+        return self.path.relative_to(find_root()) if self.path.is_relative_to(find_root()) else self.path
+
+    def __repr__(self) -> str: return f"TokenCache({str(self.place)!r})"
+
+    @property
     def train(self) -> np.ndarray: return self.ids("train")
     @property
     def val(self) -> np.ndarray: return self.ids("val")
@@ -148,10 +155,11 @@ class TokenCache:
         if m["bytes_per_token"]: facts.append(f"{m['bytes_per_token']:.2f} bytes a token")
         if m["skipped"]: facts.append(f"{m['skipped']} documents skipped")
         head = "| split | documents | bytes of text | tokens |\n|---|---|---|---|"
-        place = self.path.relative_to(find_root()) if self.path.is_relative_to(find_root()) else self.path
-        return "\n".join([", ".join(facts), "", head, *rows, "", f"`{place}`"])
+        return "\n".join([", ".join(facts), "", head, *rows, "", f"`{self.place}`"])
 
-def amount(n: int | None) -> str: return "unknown" if n is None else f"{n:,}"
+def amount(n: int | None) -> str:
+    "A count with commas, for a table"
+    return "unknown" if n is None else f"{n:,}"
 
 # %% ../../nbs/12_data.cache.ipynb #0f3d33ed
 def write_meta(part: Path, made: "PreTrainedTokenizerFast", files: dict[str, dict[str, Any]],
