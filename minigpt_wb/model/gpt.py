@@ -61,8 +61,9 @@ def pick_attention(kind: str, q: Tensor) -> str:
 # %% ../../nbs/20_model.gpt.ipynb #ccfec48d
 def rotation(positions: Tensor, head_dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
     "cos and sin (..., T, 1, D/2) of the rotary angles at `positions` (..., T), float32"
-    speed = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions[..., None, None].float() * speed
+    pairs = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = theta ** -(pairs / head_dim)
+    angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
