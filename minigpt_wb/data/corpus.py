@@ -21,11 +21,13 @@ from .text import TOY, Piece, check_text, in_pieces, lines, looks_binary, read_t
 
 # %% ../../nbs/11_data.corpus.ipynb #e851af04
 def no_column(path: object, column: str, columns: Iterable[str]) -> ValueError:
+    "The error for a table without its text column: the columns that it has"
     columns = [str(c) for c in columns]
     return ValueError(f"{path} has no column {column!r}{did_you_mean(column, columns)}: give text_column as "
                       f"one of {', '.join(columns)}")
 
 def read_jsonl(path: Path, column: str, errors: str) -> Iterator[str | None]:
+    "`column` of each JSON object, one a line; ValueError with the line's number"
     first = True
     for number, line in enumerate(lines(path, errors), 1):
         if not line.strip(): continue
@@ -40,6 +42,7 @@ def read_jsonl(path: Path, column: str, errors: str) -> Iterator[str | None]:
         yield row.get(column)
 
 def read_csv(path: Path, column: str, errors: str) -> Iterator[str | None]:
+    "`column` of each row, named by the first line; ValueError when there is none"
     csv.field_size_limit(2**31 - 1)
     try:
         rows = csv.DictReader(lines(path, errors))
@@ -48,6 +51,7 @@ def read_csv(path: Path, column: str, errors: str) -> Iterator[str | None]:
     except csv.Error as e: raise ValueError(f"{path} is not CSV: {e}") from None
 
 def read_parquet(path: Path, column: str, errors: str) -> Iterator[str | None]:
+    "`column` of each row, 256 rows at a time; ValueError when there is none"
     import pyarrow, pyarrow.parquet
     try: file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as e:
@@ -115,6 +119,7 @@ def digest(texts: Iterable[str | bytes]) -> str:
     return h.hexdigest()
 
 def is_function(data: str) -> bool:
+    "Is it module:function, and no file of that name?"
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", data)) and not Path(data).exists()
 
 def function_corpus(ref: str) -> Corpus:
@@ -151,6 +156,7 @@ def hash_of(path: Path, root: Path) -> str:
     return found
 
 def remembered(memory: Path) -> dict[str, list]:
+    "Hashes in the file `memory`: path -> [size, time of change, sha256]; none where it is damaged"
     try: known = json.loads(memory.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     if not isinstance(known, dict): return {}
@@ -170,6 +176,7 @@ def files_corpus(name: str, files: list[Path], cfg: CorpusConfig, root: Path) ->
                   total_bytes=None if any(kinds) else sum(p.stat().st_size for p in files))
 
 def counted_empty(pieces: Iterator[Piece], corpus: Corpus) -> Iterator[Piece]:
+    "The pieces of one file; a file without any counts as skipped"
     empty = True
     for piece in pieces: empty = False; yield piece
     corpus.skipped += empty
@@ -202,9 +209,11 @@ def path_files(data: str) -> list[Path]:
     return files
 
 def hidden(path: Path) -> bool:
+    "Does a part of the path begin with a dot, or hold compiled Python?"
     return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 def missing(data: str, path: Path) -> str:
+    "What to say of a path that does not exist: the name that was meant, perhaps"
     try: beside = [p.name for p in path.parent.iterdir()]
     except OSError: beside = []
     near = did_you_mean(data, ["stdlib", "toy"]) or did_you_mean(path.name, beside)

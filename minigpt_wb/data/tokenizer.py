@@ -37,11 +37,13 @@ def wrap(backend, **more) -> "PreTrainedTokenizerFast":
     return with_eot(PreTrainedTokenizerFast(tokenizer_object=backend, **more))
 
 def with_eot(tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedTokenizerFast":
+    "`tokenizer` itself, with an end-of-text id if it had none"
     if end_token(tokenizer) is None: tokenizer.add_special_tokens({"eos_token": EOT})
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 def end_token(tokenizer: "PreTrainedTokenizerFast") -> int | None:
+    "The id that ends a text under one of its usual names, or None"
     names = (EOT, tokenizer.eos_token, "<|end_of_text|>", "</s>", "<eos>")
     ids = (tokenizer.backend_tokenizer.token_to_id(name) for name in names if name)
     return next((i for i in ids if i is not None), None)
@@ -118,6 +120,7 @@ def table(tokenizer: "PreTrainedTokenizerFast") -> np.ndarray | str:
     return tables[tokenizer]
 
 def find_table(backend) -> np.ndarray | str:
+    "`table` of a `tokenizers.Tokenizer`, found by trying what it does"
     from tokenizers import models
     kind, plain = type(backend.model), backend.normalizer is None
     if plain and kind is models.BPE and backend.get_vocab_size(False) == 256:
@@ -144,6 +147,7 @@ def encode(tokenizer: "PreTrainedTokenizerFast", texts: list[str]) -> list[np.nd
     return encode_slowly(tokenizer, texts)
 
 def char_ids(ids: np.ndarray, text: str) -> np.ndarray:
+    "Ids (n,) of `text` by the table `ids`; ValueError names the characters that have none"
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     found = ids[np.minimum(points, len(ids) - 1)]
     if len(found) and found.min() < 0:

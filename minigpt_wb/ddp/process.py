@@ -48,7 +48,8 @@ def local_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "cuda" and not cuda:
         raise ValueError("device='cuda', but torch sees no CUDA device here: give device='auto' or 'cpu'")
     if device == "cuda" and local_rank >= (count := torch.cuda.device_count()):
-        raise ValueError(f"rank {local_rank} of this machine has no GPU of its own: torch sees {count}, start that many ranks")
+        raise ValueError(f"rank {local_rank} of this machine has no GPU of its own: torch sees {count}, "
+                         "start that many ranks")
     if device == "mps" and (not mps or world_size > 1):
         raise ValueError("device='mps' needs an Apple GPU and one process: give device='auto' or 'cpu'")
     return torch.device("cuda", local_rank) if device == "cuda" else torch.device(device)
@@ -76,14 +77,15 @@ def group(process: Process, timeout_s: float = FIRST_STEP_S) -> Iterator[None]:
         return
     cuda = process.device.type == "cuda"
     if cuda: torch.cuda.set_device(process.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=max(timeout_s, FIRST_STEP_S)),
+    limit = timedelta(seconds=max(timeout_s, FIRST_STEP_S))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit,
                             rank=process.rank, world_size=process.world_size)
     try: yield
     except BaseException:
         if process.world_size == 1: dist.destroy_process_group()
         raise  # others see the connection break only when this process ends: by then it has said why
     dist.destroy_process_group()
-    time.sleep(0.05)  # gloo's threads drop their last tensors, which takes the GIL: later they would abort the process
+    time.sleep(0.05)  # gloo's threads drop their last tensors under the GIL; later, that aborts the process
 
 def settle(timeout_s: float) -> None:
     "From now on a rank waits `timeout_s` for the others, then raises: call it after the first step"
@@ -99,6 +101,7 @@ def max_over_ranks(value: float) -> float:
     return reduced([value], dist.ReduceOp.MAX)[0]
 
 def reduced(values: Sequence[float], op: dist.ReduceOp) -> list[float]:
+    "Each value reduced over all ranks, in float64; itself when there is no group"
     numbers = torch.tensor([float(v) for v in values], dtype=torch.float64)  # on the CPU, hence by gloo
     if dist.is_initialized(): dist.all_reduce(numbers, op)
     return numbers.tolist()
@@ -119,7 +122,7 @@ def wrap(module: torch.nn.Module, process: Process) -> torch.nn.Module:
     if not dist.is_initialized(): return module
     ids = [process.device.index] if process.device.type == "cuda" else None
     wrapped = DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # set here, since torch 2.13 warns of the argument and 2.10 has no other
+    wrapped.broadcast_buffers = False  # here, since torch 2.13 warns of the argument and 2.10 has no other
     return wrapped
 
 def no_sync(module: torch.nn.Module, last: bool) -> AbstractContextManager:

@@ -320,6 +320,9 @@ def ending(self: Supervisor, rank: int, code: int) -> str:
     if code == -signal.SIGKILL: hint = "; nobody said why, often the machine was out of memory"
     return f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
 
+Supervisor.failures, Supervisor.ending = failures, ending
+
+# %% ../../nbs/31_ddp.ranks.ipynb #2700dda6
 def end_all(self: Supervisor) -> None:
     "SIGTERM to every rank, and SIGKILL to those that are still there after a second"
     for p in self.processes: p.terminate()
@@ -360,11 +363,11 @@ def write_outcome(self: Supervisor) -> None:
         self.run.set_status(state="failed", error=self.error, failed_rank=self.failed_rank)
 
 def at_exit(self: Supervisor) -> None:
+    "When the launcher ends: no rank outlives it"
     self.kill("the launcher ended while its ranks were running: wait for a run with run.wait()")
 
-Supervisor.failures, Supervisor.ending, Supervisor.end_all = failures, ending, end_all
-Supervisor.supervise, Supervisor.watch, Supervisor.write_outcome = supervise, watch, write_outcome
-Supervisor.at_exit = at_exit
+Supervisor.end_all, Supervisor.supervise, Supervisor.watch = end_all, supervise, watch
+Supervisor.write_outcome, Supervisor.at_exit = write_outcome, at_exit
 
 # %% ../../nbs/31_ddp.ranks.ipynb #079608fe
 def start_ranks(target: Callable, args: Sequence[Any], devices: int | Sequence[int], run: "Run",

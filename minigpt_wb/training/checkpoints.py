@@ -40,6 +40,7 @@ def fsync(path: Path) -> None:
     finally: os.close(fd)
 
 def sha256(path: Path) -> str:
+    "Hexadecimal sha256 of a file"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
 def regular_files(folder: Path) -> dict[str, int]:
@@ -271,6 +272,7 @@ def list_checkpoints(run: Run | Path) -> Checkpoints:
     "The checkpoints of a run, oldest first; damaged ones too, with what is wrong"
     return Checkpoints(store_of(run))
 
+# %% ../../nbs/42_training.checkpoints.ipynb #42092ddb
 def row_of(c: Checkpoint, marks: list[str]) -> dict[str, Any]:
     "A checkpoint as a row of a table"
     saved = c.state.get("time")

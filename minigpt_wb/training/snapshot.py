@@ -133,6 +133,7 @@ class Snapshot:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 def versions() -> dict[str, str]:
+    "Of Python and torch: what wrote a state"
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 def take_snapshot(step: int, model_state: Tensors, optimizer: torch.optim.Optimizer | None = None,

@@ -353,7 +353,8 @@ def start_lines(t: Trainer) -> list[str]:
             f"Learning rate: {cfg.optim.learning_rate:g}, {cfg.optim.lr_schedule}, "
             f"{cfg.optim.warmup_steps} warmup steps",
             f"Dtype: {part.dtype}; attention {cfg.model.attention}; compiled: {part.compile}",
-            f"{'GPUs' if t.device.type == 'cuda' else 'Processes'}: {t.process.world_size} on {t.device.type}",
+            f"{'GPUs' if t.device.type == 'cuda' else 'Processes'}: "
+            f"{t.process.world_size} on {t.device.type}",
             f"Run: {t.run.path}"]
 
 def end(t: Trainer, state: str, reason: str = "") -> str:
