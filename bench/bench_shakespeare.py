@@ -3,9 +3,9 @@
     python bench/bench_shakespeare.py --data tinyshakespeare.txt --peer PATH/TO/nanoGPT
 
 Both train 4 layers, 4 heads, 128 wide, context 64, batch 12, 2000 steps, learning rate 1e-3 to 1e-4 with
-warmup 100, betas 0.9 and 0.99, no dropout, on the first 90 % of the text, one thread, no evaluation on the way.
-Turns alternate: ours, peer; peer, ours; ... Both models are then measured by the same code: every token of the
-last 10 % predicted once, in windows of 64. Without --peer only ours runs, and the table says so.
+warmup 100, betas 0.9 and 0.99, no dropout, on the first 90 % of the text, one thread, no evaluation on the
+way. Turns alternate: ours, peer; peer, ours; ... Both models are then measured by the same code: every token of
+the last 10 % predicted once, in windows of 64. Without --peer only ours runs, and the table says so.
 """
 import argparse
 import json
@@ -24,7 +24,7 @@ import torch
 
 from minigpt_wb.data.batches import IGNORE_INDEX, EvalWindows
 from minigpt_wb.training.checkpoints import load_model
-from minigpt_wb.training.trainer import loss_over
+from minigpt_wb.training.evaluation import loss_over
 
 STEPS, CONTEXT = 2000, 64
 
@@ -78,7 +78,8 @@ def nanogpt(seed: int, peer: Path, folder: Path, val: np.ndarray) -> tuple[float
     settings = dict(dataset="shakespeare_char", device="cpu", compile=False, eval_interval=STEPS,
                     eval_iters=1, log_interval=10, block_size=CONTEXT, batch_size=12, n_layer=4, n_head=4,
                     n_embd=128, max_iters=STEPS, lr_decay_iters=STEPS, dropout=0.0, learning_rate=1e-3,
-                    min_lr=1e-4, beta2=0.99, warmup_iters=100, gradient_accumulation_steps=1, always_save_checkpoint=True)
+                    min_lr=1e-4, beta2=0.99, warmup_iters=100, gradient_accumulation_steps=1,
+                    always_save_checkpoint=True)
     cpu_s = timed([sys.executable, "train.py", *(f"--{k}={v}" for k, v in settings.items())], work)
     sys.path.insert(0, str(peer))
     from model import GPT, GPTConfig
@@ -107,7 +108,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--peer", type=Path, help="a checkout of nanoGPT")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--first-seed", type=int, default=1337)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
     args = parser.parse_args()
     found, start = {"ours": [], "nanoGPT": []}, time.time()
@@ -116,11 +118,11 @@ def main() -> None:
         val = characters(args.data, folder)
         sides = {"ours": lambda seed: ours(seed, args.data.resolve(), folder, val)}
         if args.peer: sides["nanoGPT"] = lambda seed: nanogpt(seed, args.peer.resolve(), folder, val)
-        for i in range(args.seeds):
-            for name in list(sides)[::1 if i % 2 == 0 else -1]:
-                loss, cpu_s = sides[name](1337 + i)
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            for name in list(sides)[::1 if seed % 2 else -1]:
+                loss, cpu_s = sides[name](seed)
                 found[name].append((loss, cpu_s))
-                print(f"seed {1337 + i}  {name:8} loss {loss:.4f}  CPU {cpu_s:.1f} s", flush=True)
+                print(f"seed {seed}  {name:8} loss {loss:.4f}  CPU {cpu_s:.1f} s", flush=True)
     print(f"\n{'':8}  {'median loss':>11}  {'min..max':>15}  {'median CPU s':>12}")
     for name, rows in found.items():
         if not rows:

@@ -11,7 +11,8 @@ import os, sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .config import did_you_mean, note, split_flags
+from .config import did_you_mean, note
+from .flags import split_flags
 from .run import ENDED, Run, list_runs
 
 # %% ../nbs/99_cli.ipynb #643ba192
@@ -75,7 +76,7 @@ def train_command(argv: list[str]) -> int:
 
 def eval_command(argv: list[str]) -> int:
     "loss, perplexity and bits per byte of a checkpoint"
-    from minigpt_wb.training.trainer import evaluate_checkpoint
+    from minigpt_wb.training.evaluation import evaluate_checkpoint
     usage = "minigpt eval [RUN|RUN@best|RUN@500|PATH] [--data CORPUS] [--device auto] [--runs-dir DIR]"
     ref, flags = words(argv, usage, RUNS_DIR | {"data": "a corpus", "device": "auto, cuda, mps or cpu"})
     result = evaluate_checkpoint(ref[0] if ref else "latest", **flags)

@@ -9,16 +9,16 @@ __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', '
            'validated', 'error_line', 'shown', 'plain', 'write_atomically', 'flag', 'peak_of', 'canonical', 'note',
            'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
            'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config', 'take',
-           'typed_flags', 'own_names', 'split_flags', 'comments', 'unchecked', 'from_flags', 'find_root']
+           'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
-import dataclasses, difflib, inspect, json, os, re, sys
+import dataclasses, difflib, json, os, re, sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -472,64 +472,6 @@ def take(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any]
     "The entries of `values` whose canonical name is in `names`, and the rest"
     taken = {k: v for k, v in values.items() if ALIASES.get(k.replace("-", "_"), k) in names}
     return taken, {k: v for k, v in values.items() if k not in taken}
-
-# %% ../nbs/00_config.ipynb #2e580167
-def typed_flags(argv: list[str]) -> list[str]:
-    "Names of the flags in `argv`, with underscores"
-    return [a[2:].split("=")[0].replace("-", "_") for a in argv if a.startswith("--") and len(a) > 2]
-
-def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
-    "`argv` with other systems' flags renamed to ours, and the settings of flags whose value changes too"
-    out, turned, words = [], {}, iter(argv)
-    for word in words:
-        name, eq, value = word.removeprefix("--").partition("=")
-        key = name.replace("-", "_")
-        if not word.startswith("--") or (key in leaf_names() and key not in TURNED): out.append(word)
-        elif key in ("fp16", "no_fp16", "use_amp", "use_rotary_emb") and not eq: turned[key] = True
-        elif key in TURNED or key in IGNORED: turned[key] = value if eq else next(words, None)
-        else: out.append(f"--{ALIASES[key].replace('_', '-')}{eq}{value}" if key in ALIASES else word)
-    return out, turned
-
-def split_flags(argv: list[str], entry: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    "The values of `entry` flags (name -> help), and the other words"
-    found, rest, words = {}, [], iter(argv)
-    for word in words:
-        name, eq, value = word.removeprefix("--").partition("=")
-        key = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
-        if not word.startswith("--") or key not in entry: rest.append(word); continue
-        value = value if eq else next(words, None)
-        if value is None: raise ValueError(f"{word} needs a value: {entry[key]}")
-        found[key] = value
-    return found, rest
-
-# %% ../nbs/00_config.ipynb #04cdc050
-def comments(cls: type) -> dict[str, str]:
-    "The comment beside each field of a section, by name"
-    try: source = inspect.getsource(cls)
-    except OSError: return {}  # a class made in a cell has no source file
-    return dict(re.findall(r"^    (\w+): .*?# (.+)$", source, re.M))
-
-def unchecked(part: Any) -> Any:
-    "A section in a plain dataclass: tyro parses the types, `override` checks the values, in better words"
-    import tyro
-    cls, hints, said = type(part), get_type_hints(type(part)), comments(type(part))
-    parts = [(n, Annotated[hint, tyro.conf.arg(help=said.get(n, ""))], field(default=getattr(part, n)))
-             for n, hint in hints.items()]
-    return dataclasses.make_dataclass(cls.__name__, parts, namespace={"__doc__": cls.__doc__})()
-
-def from_flags(argv: list[str], cfg: RunConfig, prog: str = "minigpt", description: str = "") -> RunConfig:
-    "`cfg` with the flags in `argv` laid over it; `--help` shows every setting with its value in `cfg`"
-    import tyro
-    argv, turned = own_names(argv)
-    typed = typed_flags(argv)
-    canonical(dict.fromkeys(n for n in typed if n != "help"))
-    parts = {f.name: unchecked(getattr(cfg, f.name)) for f in fields(cfg)}
-    members = [(n, type(p), field(default_factory=lambda p=p: p)) for n, p in parts.items()]
-    flat_names = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff)
-    parsed = tyro.cli(dataclasses.make_dataclass("Flags", members), args=argv, prog=prog,
-                      description=description, config=flat_names)
-    given = {n: getattr(getattr(parsed, section_of(n)), n) for n in typed} | turned
-    return cfg.override(**given) if given else cfg
 
 # %% ../nbs/00_config.ipynb #f4d0f439
 def find_root(start: str | Path | None = None) -> Path:

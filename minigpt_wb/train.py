@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from . import signals
-from .config import (DEFAULT_PRESET, ENTRY, RunConfig, from_flags, note, read_config, resolve,
-                               split_flags, take)
+from .config import DEFAULT_PRESET, ENTRY, RunConfig, note, read_config, resolve, take
+from .flags import from_flags, split_flags
 from .run import Run
 from .watch import RunFailed
 from ._papermill import NOTEBOOK
