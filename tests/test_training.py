@@ -13,6 +13,9 @@ from conftest import BIN, ROOT, TINY, alive, flags, until
 from minigpt_wb.config import RunConfig
 from minigpt_wb.run import Run, list_runs
 from minigpt_wb.train import launch
+from minigpt_wb.training.checkpoints import list_checkpoints
+from minigpt_wb.training.evaluation import evaluate_checkpoint
+from minigpt_wb.watch import RunFailed
 
 NOTEBOOK = ROOT / "nbs/train.ipynb"
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "--master-port"]
@@ -217,6 +220,43 @@ def test_patience_stops_early(tmp_path):
     assert [row["step"] for row in run.rows("eval")] == [5, 10, 15, 15]
 
 
+def test_text_without_line_breaks(tmp_path):
+    "The usual prompt of a sample is a line break, which this vocabulary does not have"
+    (tmp_path / "flat.txt").write_text("no line ever ends in this text. " * 100)
+    settings = TINY | dict(data=str(tmp_path / "flat.txt"), tokenizer="chars", max_steps=2)
+    run = train_in(tmp_path / "runs", **settings)
+    assert run.state == "finished" and run.rows("sample")
+    with pytest.raises(ValueError, match="'z'"):
+        launch(runs_dir=tmp_path / "more", sample_prompt="zzz", **settings)
+    assert not (tmp_path / "more").exists()
+
+
+def test_broken_weights_are_not_saved(tmp_path):
+    "Every step is to be saved, and the last ones are not numbers any more: the good ones stay"
+    hot = dict(max_steps=40, learning_rate=1e37, warmup_steps=0, max_grad_norm=0, log_every=30, save_every=1)
+    with pytest.raises(RunFailed, match="not finite|loss"): train_in(tmp_path, run_name="hot", **TINY | hot)
+    stored = list_checkpoints(Run.open("hot", tmp_path))
+    for c in stored: assert all(weights.isfinite().all() for weights in c.load_model("cpu").values()), c
+
+
+def test_error_of_a_model_is_no_bad_input(shell, tmp_path):
+    "A ValueError out of somebody's forward: status 1 and its traceback, not status 2 and a line"
+    broken = MODEL.replace("return self.table(tokens)", "raise ValueError('boom')")
+    (tmp_path / "broken.py").write_text(broken)
+    done = shell("minigpt", "train", *flags(**TINY), "--model-fn", "broken:build")
+    assert done.returncode == 1 and "in hidden" in done.stderr and "boom" in done.stderr
+    assert only(tmp_path / "runs").state == "failed"
+
+
+def test_evaluation_of_a_text_that_has_changed(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four five six seven. " * 100)
+    run = train_in(tmp_path / "runs", **TINY | dict(data=str(text), tokenizer="chars", max_steps=2))
+    assert abs(evaluate_checkpoint(run)["loss"] - run.rows("eval")[-1]["val_loss"]) < 1e-4
+    text.write_text("one two three four five six eight! " * 100)
+    with pytest.raises(ValueError, match="has changed since"): evaluate_checkpoint(run)
+
+
 def test_goldens(tmp_path):
     "Twenty steps on toy, which a refactor must not move; `python tests/test_training.py` writes them"
     assert close(golden_losses(tmp_path), json.loads(GOLDEN.read_text()), tolerance=2e-4)
@@ -249,6 +289,8 @@ BAD = {
     "'taken' exists": ["--run-name", "taken"],
     "vocab_size=10": ["--vocab-size", "10"],
     "no_such_module": ["--model-fn", "no_such_module:build"],
+    "model_fn='foo'": ["--model-fn", "foo"],
+    "objective='foo'": ["--objective", "foo"],
     "gpus='many'": ["--gpus", "many"],
     "preset 'smal'": ["--preset", "smal"],
     "lost.yaml": ["--config", "lost.yaml"],

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'temperature', 'top_k', 'top_p', 'below', 'chain', 'make_sampler', 'sample_token', 'next_logits', 'crop',
-           'generate_uncached', 'generate_text']
+           'generate_uncached', 'few_threads', 'generate_text']
 
 # %% ../../nbs/60_sampling.decoder.ipynb #f6539002
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -104,6 +105,14 @@ def generate_uncached(model: torch.nn.Module, ids: list[int], max_new_tokens: in
     return new
 
 # %% ../../nbs/60_sampling.decoder.ipynb #9ce75de0
+@contextmanager
+def few_threads(model: torch.nn.Module) -> Iterator[None]:
+    "One thread for a small model on a CPU: its products are so short that threads mostly wait for each other"
+    threads, small = torch.get_num_threads(), sum(p.numel() for p in model.parameters()) < 10_000_000
+    if small: torch.set_num_threads(1)
+    try: yield
+    finally: torch.set_num_threads(threads)
+
 def generate_text(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast", prompt: str = "",
                   max_new_tokens: int = 200,
                   temperature: float = 0.8, top_k: int | None = 50, top_p: float = 1.0, seed: int | None = 0,
@@ -115,5 +124,6 @@ def generate_text(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast", 
     dice.seed() if seed is None else dice.manual_seed(seed)
     context_length = context_length or getattr(getattr(model, "cfg", None), "context_length", None)
     ids = encode(tokenizer, [prompt])[0].tolist() or [end]
-    new = generate_uncached(model, ids, max_new_tokens, sampler, dice, end, context_length)
+    with few_threads(model):
+        new = generate_uncached(model, ids, max_new_tokens, sampler, dice, end, context_length)
     return decode(tokenizer, (ids if prompt else []) + new)

@@ -39,13 +39,15 @@ def loss_over(core: TrainStep, batches: Iterable[Batch], device: torch.device,
 
 def perplexity(loss: float) -> float:
     "exp of a loss in nats per token; infinite beyond what a float holds"
-    return math.exp(loss) if loss < 700 else math.inf
+    return math.inf if loss >= 700 else math.exp(loss)
 
 # %% ../../nbs/46_training.evaluation.ipynb #3aae0fe2
 def evaluate_checkpoint(ref: str | Path | Run, data: str | None = None, device: str = "auto",
                         runs_dir: str | Path | None = None) -> dict[str, float]:
     # `data`: another corpus, all of it, in place of the run's own validation split
     "Loss in nats per token, perplexity and bits per byte of a checkpoint; raises ValueError on bad input"
+    if device not in ("auto", "cpu", "cuda", "mps"):
+        raise ValueError(f"device={device!r} is not known: give auto, cpu, cuda or mps")
     found = find_checkpoint(ref, runs_dir)
     place = identity(device).device
     model, cfg, _ = load_model(found, place)
@@ -54,6 +56,11 @@ def evaluate_checkpoint(ref: str | Path | Run, data: str | None = None, device: 
         whole = dict(val_fraction=0, repeat=1, corpus_tokens=None, corpus_documents=None)
         split, corpus = "train", cfg.override(data=data, tokenizer=str(found.tokenizer_dir), **whole).corpus
     cache = prepare(corpus)
+    then, now = found.state.get("data"), cache.meta["inputs"]
+    if not data and then and then != now:
+        changed = ", ".join(k for k in now if then.get(k) != now[k])
+        raise ValueError(f"what this run was trained on has changed since ({changed}), and with it the "
+                         "validation split: give --data to measure any text, or bring the old text back")
     windows = EvalWindows(cache.ids(split), cfg.model.context_length, cfg.training.batch_size)
     dtype = torch.float32 if cfg.training.dtype == "auto" else getattr(torch, cfg.training.dtype)
     loss_sum, count = loss_over(TrainStep(model, cfg.training.objective), windows.share(), place, dtype)

@@ -59,6 +59,7 @@ class RankLog:
 
     def write(self, line: str) -> None:
         "One line as it is; a full disk or a reader that left costs lines, never the run"
+        line = line.encode("ascii", "backslashreplace").decode()
         try: write_line(self.fd, line)
         except OSError: pass
         try: self.echo and self.echo(line)
