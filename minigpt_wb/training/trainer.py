@@ -342,8 +342,8 @@ def begin(t: Trainer) -> None:
     if not t.process.is_main: return
     for line in start_lines(t): t.log.info(line)
     if t.cfg.optim.warmup_steps >= t.length.steps:
-        t.log.warning(f"warmup_steps={t.cfg.optim.warmup_steps} is not shorter than the run, {t.length.steps} "
-                      "steps: the learning rate never reaches its peak")
+        t.log.warning(f"warmup_steps={t.cfg.optim.warmup_steps} is no less than the {t.length.steps} steps: "
+                      "the learning rate never reaches its peak")
     t.cfg.save(t.run.path / "config.yaml")
     t.run.set_status(state="running", world_size=t.process.world_size, step=0,
                      total_steps=t.length.steps)
