@@ -5,8 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from minigpt_wb.config import RunConfig
-from minigpt_wb.ddp.ranks import start_ranks, without_main
+from minigpt_wb.ddp.ranks import parse_gpus, pick, start_ranks, without_main
 from minigpt_wb.run import Run, process_start
+from minigpt_wb.watch import RunFailed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc and PDEATHSIG")
 
@@ -180,6 +181,21 @@ def test_a_deleted_run_is_no_traceback(start, end, monkeypatch):
     else: os.kill(supervisor.pids[1], signal.SIGKILL if end == "a rank is killed" else signal.SIGSEGV)
     assert supervisor.wait(10) and supervisor.error and not caught
     assert seconds_until_gone(supervisor.pids) < 0.1
+
+def test_a_full_disk_is_no_endless_wait(start, monkeypatch):
+    "Nobody can write that the run failed: whoever waits for it is told by the supervisor"
+    run, supervisor = start(sleep_on)
+    until(lambda: "going" in said(run, 0) and "going" in said(run, 1))
+    def full(**_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(run, "set_status", full)
+    run.supervisor = supervisor
+    os.kill(supervisor.pids[1], signal.SIGKILL)
+    with pytest.raises(RunFailed, match="rank 1: rank 1 was killed by SIGKILL") as caught:
+        run.wait(progress=False)
+    assert caught.value.rank == 1 and run.state == "preparing"
+
+def test_too_many_processes_are_refused():
+    with pytest.raises(ValueError, match="give a count up to"): pick(parse_gpus(100_000), "cpu")
 
 def test_signals_are_safe_from_the_first_moment(start):
     run, supervisor = start(wait_for_signal)

@@ -192,3 +192,44 @@ def test_cheap():
     "A run is light: its module loads no torch"
     code = "import sys, minigpt_wb.watch, minigpt_wb.signals; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_values_of_the_wrong_type_are_passed_over(tmp_path):
+    "Files may hold anything: every reader shows what it can, and the run beside it"
+    _, bad = (Run.create(TINY, tmp_path, name) for name in ("good", "bad"))
+    odd = dict(state="running", host="elsewhere", pid=1, updated="yesterday", step="x", total_steps=[1])
+    (bad.path / "status.json").write_text(json.dumps(odd | {"started": "NaN", "ended": {}}))
+    (bad.path / "heartbeat" / "rank0").write_text('{"rank": 0, "time": "Infinity", "step": []}\n')
+    for row in ({"kind": ["train"]}, {"kind": "train", "step": "x", "loss": 1.0}, {"kind": "resume"},
+                {"kind": "train", "step": 10**400, "loss": {}}, {"kind": "train", "step": 3, "loss": 2.5}):
+        module.append_line(bad.path / "metrics.jsonl", row)
+    from minigpt_wb.views.html import loss_curves, run_row
+    assert bad.state == "failed" and bad._repr_markdown_() and bad.status["step"] == 0
+    assert loss_curves(bad)["step"].tolist() == [3.0]
+    assert [run_row(r)["run"] for r in list_runs(tmp_path)] == ["good", "bad"]
+
+
+def test_the_step_is_the_latest_heard_of(run):
+    run.set_status(state="running", step=0)
+    run.heartbeat(0, 7, "step"); run.heartbeat(1, 8, "step")
+    assert (run.status["step"], run.stored_status()["step"]) == (8, 0)
+    run.set_status(state="finished", step=9)
+    assert run.status["step"] == 9
+
+
+def test_papermill_shows_the_line_too(monkeypatch):
+    "In papermill's kernel a line goes to the stderr that the kernel was started with, now and then"
+    from types import SimpleNamespace
+    from minigpt_wb import watch
+    shell = SimpleNamespace(kernel=1)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setattr(watch, "in_place", lambda: lambda line: None)
+    monkeypatch.setenv(watch.NOTEBOOK, "x.ipynb")
+    read, write = os.pipe()
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(_original_stdstream_copy=write))
+    tell = watch.teller()
+    for line in ("a: preparing", "a: running | 1", "a: running | 2", "a: finished | 3"): tell(line)
+    assert os.read(read, 999) == b"\na: preparing\n\na: running | 1\n\na: finished | 3\n"
+    sys.stderr._original_stdstream_copy = None
+    tell("a: failed")
+    os.close(read); os.close(write)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEFT_OVER', 'echo_fd', 'POLL_S', 'GRACE_S', 'STARTING', 'Gpus', 'parse_gpus', 'Gpu', 'smi_gpus', 'number',
-           'visible_gpus', 'pick', 'load', 'cpu_ranks', 'rank_environment', 'cores', 'free_port', 'die_with',
+           'visible_gpus', 'pick', 'load', 'cpu_ranks', 'cores', 'rank_environment', 'free_port', 'die_with',
            'leave_with', 'rank_main', 'write_error', 'write_to', 'say', 'Supervisor', 'without_main', 'start',
            'start_all', 'failures', 'ending', 'end_all', 'supervise', 'watch', 'write_outcome', 'at_exit',
            'start_ranks']
@@ -109,11 +109,19 @@ def cpu_ranks(gpus: Gpus, device: str) -> int:
     count = gpus.count or len(gpus.ids or (0,))
     if device == "mps" and count > 1:
         raise ValueError(f"gpus={count}, but Apple's GPU takes one process: give gpus=1 or device='cpu'")
+    if count > 16 * cores():
+        raise ValueError(f"gpus={count}, but without CUDA that is {count} processes for {cores()} CPU cores: "
+                         f"give a count up to {16 * cores()}")
     if device == "auto":
         from minigpt_wb.config import note
-        note(f"no CUDA device here: gpus counts processes on the CPU, {count} of them" if gpus != Gpus() else
-             "no CUDA device here: one process, on Apple's GPU or the CPU")
+        alone = "one process on " + ("Apple's GPU or " if sys.platform == "darwin" else "") + "the CPU"
+        many = f"gpus counts processes on the CPU, {count} of them"
+        note(f"no CUDA device here: {alone if gpus == Gpus() else many}")
     return count
+
+def cores() -> int:
+    "Processor cores that this process may use"
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 # %% ../../nbs/31_ddp.ranks.ipynb #edfa0fb0
 LEFT_OVER = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "ROLE_RANK", "ROLE_WORLD_SIZE", "LOCAL_WORLD_SIZE")
@@ -135,10 +143,6 @@ def rank_environment(rank: int, devices: int | Sequence[int], port: int) -> dict
         env["CUDA_VISIBLE_DEVICES"] = ",".join(visible[d] if visible else str(d) for d in devices)
         env.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     return env
-
-def cores() -> int:
-    "Processor cores that this process may use"
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 def free_port() -> int:
     "A free TCP port, below those that the system hands out: no connection of ours takes it meanwhile"
@@ -306,7 +310,7 @@ def failures(self: Supervisor, last_look: float) -> list[tuple[float, int, str]]
     for rank, p in enumerate(self.processes):
         code, path = p.exitcode, self.run.log_path(rank).with_suffix(".err")
         try: said = json.loads(path.read_text())
-        except FileNotFoundError: said = None
+        except (OSError, ValueError): said = None
         if said: found.append((said["time"], rank, said["text"]))
         elif code:
             when = time.time() if code == -signal.SIGABRT else last_look
@@ -337,7 +341,7 @@ def supervise(self: Supervisor) -> None:
         self.start_all()
         self.watch()
         self.end_all()
-        with suppress(FileNotFoundError): self.write_outcome()  # the run was deleted: `error` still says it
+        with suppress(OSError): self.write_outcome()  # a deleted run, a full disk: `error` still says it
     finally:
         atexit.unregister(self.at_exit)
         self.over.set()

@@ -9,10 +9,12 @@ __all__ = ['RUN_COLUMNS', 'Html', 'esc', 'table', 'shown_number', 'moving_averag
 # %% ../../nbs/80_views.html.ipynb #5c00546c
 import html, math, time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..run import number
 from ..watch import Run
 
 if TYPE_CHECKING:
@@ -61,9 +63,9 @@ def thin(x: np.ndarray, y: np.ndarray, n: int = 400) -> tuple[np.ndarray, np.nda
 
 def loss_curves(run: Run) -> dict[str, np.ndarray]:
     "Steps and losses (nats per token): `step loss smooth`, `val_step val_loss`, `nan_step` where not finite"
-    number = lambda v: float(v) if isinstance(v, (int, float)) else math.nan
     def points(kind: str, key: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        rows = [(r["step"], number(r[key])) for r in run.rows(kind) if key in r and "step" in r]
+        rows = [(r["step"], number(r[key], math.nan)) for r in run.rows(kind)
+                if key in r and number(r.get("step")) is not None]
         x, y = np.array(rows, dtype=float).reshape(-1, 2).T
         return x[np.isfinite(y)], y[np.isfinite(y)], x[~np.isfinite(y)]
     (step, loss, odd), (val_step, val_loss, val_odd) = points("train", "loss"), points("eval", "val_loss")
@@ -101,14 +103,15 @@ RUN_COLUMNS = ("run", "state", "step", "loss", "val_loss", "data", "d_model", "n
 
 def run_row(run: Run) -> dict[str, Any]:
     "A run as one row of plain data, by the names in RUN_COLUMNS; None for what it does not say"
-    status, rows = run.status, run.rows()
+    status, rows = run.status, []
+    with suppress(OSError): rows = run.rows()
     last = lambda key: next((r[key] for r in reversed(rows) if key in r), None)
     try: cfg = run.config.leaves()
     except (ValueError, OSError): cfg = {}
-    started = status.get("started")
+    started = number(status.get("started"))
     shape = {name: cfg.get(name) for name in ("data", "d_model", "n_layer")}
-    hours = round((time.time() - started) / 3600, 1) if isinstance(started, (int, float)) else None
-    step = status.get("step") or last("step")
+    hours = None if started is None else round((time.time() - started) / 3600, 1)
+    step = number(status.get("step")) or number(last("step"))
     return dict(run=run.name, state=status["state"], step=step, loss=last("loss"), val_loss=last("val_loss"),
                 hours_ago=hours, **shape)
 
