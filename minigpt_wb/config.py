@@ -394,7 +394,8 @@ def size(d_model: int, n_layer: int, n_head: int, context_length: int, **others)
 def tiny() -> RunConfig:
     "A minute on a laptop, offline: 128 wide, 4 layers, context 256, on the standard library's source"
     return size(128, 4, 4, 256, position="rotary", norm="rmsnorm", activation="swiglu", qk_norm=True,
-                val_fraction=0.01, batch_size=8, max_steps=300, learning_rate=3e-3, warmup_steps=30, eval_every=100, eval_tokens=2**15, sample_every=100)
+                val_fraction=0.01, batch_size=8, max_steps=300, learning_rate=3e-3, warmup_steps=30,
+                eval_every=100, eval_tokens=2**15, sample_every=100)
 
 def small() -> RunConfig:
     "256 wide, 6 layers, 8 heads, context 512"
