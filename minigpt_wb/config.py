@@ -6,15 +6,16 @@
 __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', 'section', 'LENGTHS', 'ALIASES', 'TURNED',
            'IGNORED', 'ENTRY', 'PRESETS', 'DEFAULT_PRESET', 'ModelConfig', 'CorpusConfig', 'OptimConfig',
            'TrainingConfig', 'SamplingConfig', 'every_steps', 'RunConfig', 'leaf_names', 'section_of', 'did_you_mean',
-           'validated', 'error_line', 'shown', 'plain', 'write_atomically', 'flag', 'peak_of', 'canonical', 'note',
-           'strip_comments', 'read_settings', 'flat', 'yaml_loader', 'size', 'tiny', 'small', 'medium', 'large',
-           'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config', 'take',
-           'find_root']
+           'validated', 'error_line', 'shown', 'plain', 'write_atomically', 'flag', 'peak_of', 'ours', 'canonical',
+           'note', 'strip_comments', 'read_settings', 'flat', 'once', 'yaml_loader', 'size', 'tiny', 'small', 'medium',
+           'large', 'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config',
+           'from_file', 'take', 'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
 import dataclasses, difflib, json, os, re, sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import field, fields
 from functools import cache
 from pathlib import Path
@@ -24,8 +25,8 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 # %% ../nbs/00_config.ipynb #bdbbb3ff
-Count    = Annotated[int, Field(ge=1)]
-Whole    = Annotated[int, Field(ge=0)]
+Count    = Annotated[int, Field(ge=1, le=10**15)]
+Whole    = Annotated[int, Field(ge=0, lt=2**63)]  # what torch takes as a seed
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount   = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share    = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)]
@@ -98,8 +99,9 @@ class CorpusConfig:
     errors: Literal["strict", "replace", "ignore"] = "strict"  # bytes that are not UTF-8
 
     def __post_init__(self):
-        if self.data.strip(): return
-        raise ValueError("data is empty: give stdlib, toy, a path, a glob or hf:NAME")
+        known = {"data": "stdlib, toy, a path, a glob or hf:NAME", "tokenizer": "bytes, chars or bpe:8192"}
+        for name in known:
+            if not getattr(self, name).strip(): raise ValueError(f"{name} is empty: give {known[name]}")
 
 # %% ../nbs/00_config.ipynb #2821d7ab
 @section
@@ -123,13 +125,13 @@ class TrainingConfig:
     grad_accum_steps: Count = 1             # micro-steps per optimiser step
     global_batch_size: Count | None = None  # sequences per optimiser step over all GPUs
     max_steps: Count | None = 600           # optimiser steps
-    epochs: Positive | None = None          # passes over the training windows
+    epochs: Annotated[float, Field(gt=0, le=1e6)] | None = None  # passes over the training windows
     train_tokens: Count | None = None       # tokens
     seed: Whole = 1337                      # of initial weights, order and dropout
     device: Literal["auto", "cuda", "mps", "cpu"] = "auto"  # auto: CUDA, else Apple's, else CPU
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products
     compile: Literal["auto", "off", "model"] = "auto"  # torch.compile of the model with its loss
-    timeout_s: Positive = 120.0             # how long a rank waits for the others
+    timeout_s: Annotated[float, Field(gt=0, le=1e7)] = 120.0  # how long a rank waits for the others
     log_every: Count = 10                   # steps between log lines
     log_level: Literal["info", "debug"] = "info"  # debug adds the norm of every gradient
     eval_every: Every = 200                 # steps or "1 epoch" between evaluations; 0 only at the end
@@ -147,7 +149,7 @@ class TrainingConfig:
 @section
 class SamplingConfig:
     "The text written while training"
-    sample_every: Every = 0                 # steps or "1 epoch" between samples; 0 never
+    sample_every: Every = 0                 # steps or "1 epoch" between samples; 0 only at the end
     sample_prompt: str | None = None        # what a sample goes on from; "def " for stdlib, else a new line
     max_new_tokens: Count = 200             # length of a sample, tokens
     temperature: Amount = 0.8               # 0 is greedy
@@ -160,7 +162,7 @@ class SamplingConfig:
 def every_steps(every: int | str, steps_per_epoch: float, name: str = "every") -> int:
     "Steps between two events: 500 is itself, `\"0.5 epoch\"` counts epochs, 0 is never"
     if isinstance(every, int): return every
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?|\.\d+)\s*(epochs?)?\s*", every)
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?|\.\d+)\s*(epochs?)?\s*", every)
     if not match or (not match[2] and "." in match[1]):
         raise ValueError(f"{name}={every!r} is neither a number of steps nor epochs: give 500 or \"1 epoch\"")
     return max(1, round(float(match[1]) * steps_per_epoch)) if match[2] else int(match[1])
@@ -178,7 +180,7 @@ class RunConfig:
     @classmethod
     def preset(cls, name: str) -> "RunConfig":
         "The full config of a named preset"
-        if name in PRESETS: return PRESETS[name]()
+        if isinstance(name, str) and name in PRESETS: return PRESETS[name]()
         raise ValueError(f"preset {name!r} is not known{did_you_mean(name, PRESETS)}: "
                          f"pick one of {', '.join(PRESETS)}")
 
@@ -240,7 +242,7 @@ def section_of(name: str) -> str:
 
 def did_you_mean(name: str, known) -> str:
     "` (did you mean 'x'?)`, or nothing when no known name is near"
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 # %% ../nbs/00_config.ipynb #3cb9146e
@@ -254,7 +256,8 @@ def error_line(error: dict) -> str:
     "One of pydantic's errors: the leaf, what was given, what was expected"
     if error["type"] == "value_error": return str(error["ctx"]["error"])
     names = [str(p) for p in error["loc"] if p in leaf_names()]
-    expected = error["msg"].removeprefix("Input should be ")
+    two = error["type"] in ("missing", "too_long")  # betas are the one leaf with several values
+    expected = "two values" if two else error["msg"].removeprefix("Input should be ")
     return f"{names[0] if names else error['loc']}={error['input']!r} is not valid: expected {expected}"
 
 # %% ../nbs/00_config.ipynb #7c74285e
@@ -297,25 +300,27 @@ ALIASES = {new: old for old, news in {
 # %% ../nbs/00_config.ipynb #3aa4adce
 def flag(value: Any) -> bool:
     "A truth value, also as files and shells spell it"
-    return TypeAdapter(bool).validate_python(value)
+    try: return TypeAdapter(bool).validate_python(value)
+    except ValidationError: raise ValueError("expected true or false") from None
 
 def peak_of(seen: dict[str, Any]) -> float:
     "The learning rate in `seen`, which `min_lr` is a share of"
     for name in ("learning_rate", "lr"):
-        if name in seen: return float(seen[name])
-    raise ValueError("min_lr is a share of learning_rate: give both, or min_lr_ratio")
+        if name in seen and (peak := float(seen[name])) > 0: return peak
+    raise ValueError("min_lr is a share of learning_rate, above 0: give both, or min_lr_ratio")
 
 TURNED = {  # a name whose value changes too -> the leaves that it gives
     "train_split":   lambda v, seen: {"val_fraction": round(1 - float(v), 9)},
     "min_lr":        lambda v, seen: {"min_lr_ratio": float(v) / peak_of(seen)},
-    "use_amp":       lambda v, seen: {"dtype": seen.get("amp_dtype", "auto") if flag(v) else "float32"},
+    "use_amp":       lambda v, seen: {"dtype": seen.get("amp_dtype", seen.get("dtype", "auto"))
+                                 if flag(v) else "float32"},
     "fp16":          lambda v, seen: {"dtype": "float16" if flag(v) else "float32"},
     "no_fp16":       lambda v, seen: {"dtype": "float32" if flag(v) else "float16"},
     "adam_beta1":    lambda v, seen: {"betas": (float(v), float(seen.get("adam_beta2", 0.95)))},
     "adam_beta2":    lambda v, seen: {"betas": (float(seen.get("adam_beta1", 0.9)), float(v))},
     "use_rotary_emb": lambda v, seen: {"position": "rotary" if flag(v) else "learned"},
     "compile":       lambda v, seen: {"compile": {"True": "model", "False": "off"}.get(str(v), v)},
-    "device_id":     lambda v, seen: {"gpus": f"{v},"},
+    "device_id":     lambda v, seen: {"gpus": f"{int(v)},"},
 }
 IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters save_optimizer
     gradient_as_bucket_view use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir
@@ -325,14 +330,23 @@ IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unuse
 ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
 
 # %% ../nbs/00_config.ipynb #744cab26
+def ours(name: str, value: Any, seen: dict[str, Any]) -> dict[str, Any]:
+    "What one entry of `seen` gives, by our names; ValueError names the entry whose value makes no sense"
+    key = name.replace("-", "_")
+    if key not in TURNED: return {ALIASES.get(key, key): value}
+    try: return TURNED[key](value, seen)
+    except (TypeError, ValueError, ArithmeticError) as e:
+        raise ValueError(f"{name}={value!r} is not valid: {e}") from None
+
 def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, Any]:
     "Leaves (and `entry` arguments) by our names; ValueError for an unknown name says what was meant"
-    out, unknown, without = {}, [], []
+    out, spelt, unknown, without = {}, {}, [], []
     for name, value in values.items():
-        key = name.replace("-", "_")
-        turned = TURNED[key](value, values) if key in TURNED else {ALIASES.get(key, key): value}
-        for new, v in turned.items():
-            if new in leaf_names() or new in entry: out[new] = v
+        for new, v in ours(name, value, values).items():
+            if new in leaf_names() or new in entry:
+                if str(out.setdefault(new, v)) != str(v):
+                    raise ValueError(f"{spelt[new]} and {name} are both {new}, and differ: give one of them")
+                spelt[new] = name
             elif new in ENTRY:
                 raise ValueError(f"{name} is an argument of the command, not a setting: give it there")
             else: (without if new in IGNORED else unknown).append(name)
@@ -356,31 +370,45 @@ def strip_comments(text: str) -> str:
 def read_settings(path: str | Path) -> dict[str, Any]:
     "The leaves of a YAML or JSON file by name, however they are nested"
     import yaml
-    path = Path(path)
+    path = Path(str(path))
     if not path.is_file(): raise ValueError(f"config file {path} does not exist: give a .yaml or .json file")
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        text = path.read_text(encoding="utf-8")
-        tree = json.loads(strip_comments(text)) if kind == "JSON" else yaml.load(text, Loader=yaml_loader())
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as e:
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+        if kind == "YAML": tree = yaml.load(text, Loader=yaml_loader())
+        else: tree = json.loads(strip_comments(text), object_pairs_hook=once)
+        if isinstance(tree, dict | None): return once(flat(tree or {}))
+    except (ValueError, yaml.YAMLError, RecursionError) as e:
         raise ValueError(f"config file {path} is not valid {kind}: {e}") from None
-    if not isinstance(tree, dict | None):
-        raise ValueError(f"config file {path} holds a {type(tree).__name__}: settings are `name: value`")
-    pairs = list(flat(tree or {}))
-    if twice := [n for n, count in Counter(name for name, _ in pairs).items() if count > 1]:
-        raise ValueError(f"config file {path} names {twice[0]!r} twice: a setting has one place")
-    return dict(pairs)
+    raise ValueError(f"config file {path} holds a {type(tree).__name__}: settings are `name: value`")
 
 def flat(tree: dict) -> Iterator[tuple[str, Any]]:
-    "(name, value) of every leaf, however deep"
+    "(name, value) of every leaf, however deep; a section of ours with nothing under it is none"
+    sections = {f.name for f in fields(RunConfig)}
     for name, value in tree.items():
         if isinstance(value, dict): yield from flat(value)
-        else: yield str(name), value
+        elif value is not None or name not in sections: yield str(name), value
+
+def once(pairs: Iterator[tuple[str, Any]]) -> dict[str, Any]:
+    "A dict of `pairs`; ValueError for a name that is there twice"
+    pairs = list(pairs)
+    for name, count in Counter(str(name) for name, _ in pairs).items():
+        if count > 1: raise ValueError(f"it names {name!r} twice: a setting has one place")
+    return dict(pairs)
 
 def yaml_loader():
-    "PyYAML's safe loader that also reads 1e-3 as a number, as everybody writes it"
+    "PyYAML's safe loader that reads 1e-3 as a number, and refuses names given twice and aliases of trees"
     import yaml
-    class Loader(yaml.SafeLoader): pass
+    class Loader(yaml.SafeLoader):
+        def compose_node(self, parent, index):
+            alias = self.check_event(yaml.AliasEvent)  # lists of aliases of lists of aliases fill memory
+            node = super().compose_node(parent, index)
+            if alias and not isinstance(node, yaml.ScalarNode):
+                raise ValueError("an alias (*name) may stand for one value, not for a list or a section")
+            return node
+        def construct_mapping(self, node, deep=False):
+            once((key.value, None) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            return super().construct_mapping(node, deep)
     number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     return Loader
@@ -460,19 +488,33 @@ DEFAULT_PRESET = "tiny"
 def resolve(preset: str | None = None, config: str | Path | None = None, **overrides: Any) -> RunConfig:
     "The config of a preset, a file and overrides, in rising precedence; a file may name its preset itself"
     values, entry = read_config(config)
-    cfg = RunConfig.preset(preset or entry.get("preset") or DEFAULT_PRESET)
-    return cfg.override(**values).override(**overrides)
+    with from_file(None if preset else config):
+        cfg = RunConfig.preset(preset or entry.get("preset") or DEFAULT_PRESET)
+    with from_file(config): cfg = cfg.override(**values)
+    return cfg.override(**overrides)
 
 def read_config(path: str | Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
     "The leaves in a file, and the arguments of the command that it names as well (`gpus`, `run_name`)"
-    values = canonical(read_settings(path), ENTRY) if path else {}
+    with from_file(path): values = canonical(read_settings(path), ENTRY) if path else {}
     entry, leaves = take(values, ENTRY)
     return leaves, entry
 
+@contextmanager
+def from_file(path: str | Path | None) -> Iterator[None]:
+    "A ValueError from inside names the file, when there is one"
+    try: yield
+    except ValueError as e:
+        if not path or str(e).startswith("config file"): raise
+        raise ValueError(f"config file {path}: {e}") from None
+
 def take(values: dict[str, Any], names: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    "The entries of `values` whose canonical name is in `names`, and the rest"
-    taken = {k: v for k, v in values.items() if ALIASES.get(k.replace("-", "_"), k) in names}
-    return taken, {k: v for k, v in values.items() if k not in taken}
+    "The entries of `values` that are in `names` once they have our names, and the rest as it is"
+    taken, rest = {}, {}
+    for name, value in values.items():
+        given = ours(name, value, values)
+        if given.keys() <= set(names): taken |= given
+        else: rest[name] = value
+    return taken, rest
 
 # %% ../nbs/00_config.ipynb #f4d0f439
 def find_root(start: str | Path | None = None) -> Path:
