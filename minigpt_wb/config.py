@@ -106,7 +106,8 @@ class CorpusConfig:
 # %% ../nbs/00_config.ipynb #2821d7ab
 @section
 class OptimConfig:
-    "AdamW and its learning-rate schedule"
+    "The optimiser and its learning-rate schedule"
+    optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd: with Nesterov momentum betas[0]
     learning_rate: Positive = 1e-3          # peak
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warmup
     warmup_steps: Whole = 100               # steps from 0 to the peak
@@ -138,12 +139,14 @@ class TrainingConfig:
     eval_tokens: Count | None = None        # tokens of an evaluation on the way; the final one takes all
     save_every: Every = 500                 # steps or "1 epoch" between checkpoints; 0 only at the end
     keep_last: Count = 3                    # checkpoints kept, besides the best
+    keep_every: Every = 0                   # steps or "1 epoch"; checkpoints of these steps are kept for good
     patience: Count | None = None           # stop after so many evaluations without a better loss
     min_delta: Amount = 0.0                 # how much lower counts as better, nats per token
     tensorboard: bool = True                # write curves and samples to tb/
+    ledger: bool = False                    # write which samples every step reads to ledger/
 
     def __post_init__(self):
-        for name in ("eval_every", "save_every"): every_steps(getattr(self, name), 1, name)
+        for name in ("eval_every", "save_every", "keep_every"): every_steps(getattr(self, name), 1, name)
 
 # %% ../nbs/00_config.ipynb #6aa328f9
 @section
@@ -324,10 +327,11 @@ TURNED = {  # a name whose value changes too -> the leaves that it gives
 }
 IGNORED = frozenset("""num_workers pin_memory prefetch_factor backend find_unused_parameters save_optimizer
     gradient_as_bucket_view use_tensorboard use_wandb wandb_project wandb_entity wandb_run_name log_dir
-    use_flash_attention attention_backend empty_cache_interval amp_dtype optimizer deterministic world_size
+    use_flash_attention attention_backend empty_cache_interval amp_dtype deterministic world_size
     rank use_distributed model_type enabled always_save_checkpoint eval_iters eval_steps num_samples
     generate_samples hf_token tags""".split())
-ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus")  # arguments of a door, never leaves
+ENTRY = ("preset", "config", "runs_dir", "run_name", "gpus", "resume", "fork", "accept_changed_data",
+         "reset_optimizer")  # arguments of a door, never leaves
 
 # %% ../nbs/00_config.ipynb #744cab26
 def ours(name: str, value: Any, seen: dict[str, Any]) -> dict[str, Any]:

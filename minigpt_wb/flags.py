@@ -33,7 +33,8 @@ def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
             out.append(f"--{new.replace('_', '-')}{eq}{value}" if key in ALIASES else word)
     return out, turned
 
-SWITCHES = ("fp16", "no_fp16", "use_amp", "use_rotary_emb")  # flags that may stand alone
+SWITCHES = ("fp16", "no_fp16", "use_amp", "use_rotary_emb", "fork", "accept_changed_data", "reset_optimizer",
+            "dry_run", "quick")  # flags that may stand alone
 
 def next_value(key: str, words: list[str]) -> str | bool:
     "The value of another system's flag, taken off `words`; a switch or an ignored flag needs none"
@@ -49,13 +50,17 @@ def is_truth(word: str) -> bool:
 
 def split_flags(argv: list[str], entry: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     "The values of `entry` flags (name -> help), and the other words"
-    found, rest, words = {}, [], iter(argv)
-    for word in words:
+    found, rest, words = {}, [], list(argv)
+    while words:
+        word = words.pop(0)
         name, eq, value = word.removeprefix("--").partition("=")
         key = name.replace("-", "_")
         key = "gpus" if key == "device_id" else ALIASES.get(key, key)
         if not word.startswith("--") or key not in entry: rest.append(word); continue
-        value = value if eq else next(words, "--")
+        if key in SWITCHES:
+            found[key] = flag(value if eq else words.pop(0) if words and is_truth(words[0]) else True)
+            continue
+        value = value if eq else words.pop(0) if words else "--"
         if not eq and value.startswith("--"): raise ValueError(f"{word} needs a value: {entry[key]}")
         found |= ours(name, value, {})
     return found, rest

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['NUMBERS', 'ENDED', 'STATES', 'SILENT_S', 'jsonable', 'from_json', 'number', 'append_line', 'read_lines',
            'without_superseded', 'process_start', 'boot_id', 'runs_root', 'checked_name', 'split_ref', 'is_run', 'git',
-           'code_patch', 'packages', 'Heartbeats', 'Status', 'Records', 'Run', 'claim', 'no_such_run', 'list_runs']
+           'code_patch', 'packages', 'Heartbeats', 'Status', 'Records', 'Run', 'claim', 'size', 'no_such_run',
+           'list_runs']
 
 # %% ../nbs/01_run.ipynb #504e69ce
-import fcntl, itertools, json, math, os, re, secrets, shutil, socket, subprocess, sys, time
+import errno, fcntl, itertools, json, math, os, re, secrets, shutil, socket, subprocess, sys, time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .config import RunConfig, did_you_mean, find_root, write_atomically
 
@@ -267,6 +268,7 @@ class Run(Status, Records):
     def __init__(self, path: "str | Path"):
         self.path = Path(os.path.abspath(path))
         self.supervisor = None  # set by launch: an object with .kill() and .wait(s)
+        self.held: IO[str] | None = None  # set by who trains it, from `hold`
 
     def __reduce__(self): return Run, (self.path,)  # other processes get the path alone
     def __eq__(self, other): return isinstance(other, Run) and self.path == other.path
@@ -289,11 +291,36 @@ class Run(Status, Records):
         "Write what is known before anything runs"
         for name in ("log", "heartbeat", "checkpoints"): (self.path / name).mkdir()
         cfg.save(self.path / "config.yaml")
-        write_atomically(self.path / "packages.txt", packages())
+        self.begin(0)
+
+    def begin(self, step: int) -> None:
+        "A start from `step`: whose it is, with which code; the signs of an earlier one are forgotten"
+        mark = f"-{step}" if step else ""
+        write_atomically(self.path / f"packages{mark}.txt", packages())
         if patch := code_patch([Path.cwd(), Path(sys.modules[RunConfig.__module__].__file__).parent]):
-            (self.path / "code.patch").write_bytes(patch)
-        self.set_status(state="preparing", pid=os.getpid(), host=socket.gethostname(), world_size=None,
-                        step=0, started=time.time())
+            (self.path / f"code{mark}.patch").write_bytes(patch)
+        for beat in self.path.glob("heartbeat/rank*"): beat.unlink()
+        self.set_status(state="preparing", pid=os.getpid(), host=socket.gethostname(), world_size=None, step=step,
+                        started=time.time(), heard=size(self.path / "control.jsonl"), logged=size(self.log_path(0)))
+
+    def hold(self) -> IO[str]:
+        "The right to train this run, until the result is closed or this process dies; ValueError says who has it"
+        held = open(self.path / ".train.lock", "a+")
+        try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:  # held, or a file system that cannot lock, where the status has to do
+            if e.errno in (errno.EWOULDBLOCK, errno.EACCES) or self.state not in ENDED:
+                held.seek(0)
+                who = held.read(200).strip() or "another process"
+                held.close()
+                raise ValueError(f"run {self.name} is being trained by {who}: `minigpt stop {self.name}` ends it, "
+                                 "--fork starts a run of its own from its checkpoint") from None
+        held.truncate(0); held.write(f"process {os.getpid()} on {socket.gethostname()}"); held.flush()
+        return held
+
+    def release(self) -> None:
+        "Let another process train this run"
+        if self.held: self.held.close()
+        self.held = None
 
     @classmethod
     def open(cls, ref: "str | Path | Run" = "latest", runs_dir: str | Path | None = None) -> "Run":
@@ -331,6 +358,10 @@ def claim(root: Path, name: str, numbered: bool) -> Path:
     except OSError as e:
         raise ValueError(f"cannot make the run {path} ({e.strerror}): give another runs_dir") from None
     raise ValueError(f"run {name!r} exists in {root}: give another run_name")
+
+def size(path: Path) -> int:
+    "Bytes of a file, 0 when there is none"
+    return path.stat().st_size if path.is_file() else 0
 
 def no_such_run(name: str, root: Path, known: list[str]) -> str:
     "The words for a run that is not there: near names, and what there is"

@@ -94,10 +94,17 @@ class EvalWindows:
             self._tokens[b, :len(ids) - 1], self._targets[b, :len(ids) - 1] = ids[:-1], ids[1:]
         return Batch(first, self._tokens[:len(chosen)], self._targets[:len(chosen)])
 
+    def wanted(self, max_tokens: int | None = None) -> int:
+        "How many windows hold at least `max_tokens`, or all that there are"
+        return self.n_windows if max_tokens is None else min(self.n_windows, max(1, -(-max_tokens // self.context_length)))
+
+    def most(self, world_size: int = 1, max_tokens: int | None = None) -> int:
+        "The most micro-batches that any rank's share has"
+        return -(-len(micro_batches(0, self.wanted(max_tokens), self.batch_size)) // world_size)
+
     def share(self, rank: int = 0, world_size: int = 1, max_tokens: int | None = None) -> Iterator[Batch]:
         "The rank's part of all windows, or of evenly spread ones that hold at least `max_tokens`"
-        n = self.n_windows
-        if max_tokens is not None: n = min(n, max(1, -(-max_tokens // self.context_length)))
+        n = self.wanted(max_tokens)
         chosen = np.arange(n) * self.n_windows // n
         pieces = micro_batches(0, n, self.batch_size)
         return (self._read(first, chosen[first:first + size])

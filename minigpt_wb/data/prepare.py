@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import signals
 from ..config import CorpusConfig, find_root, note
 from .tokenizer import char_tokenizer, eot_id, load_tokenizer, tokenizer_hash
 from .corpus import Corpus, SplitPiece, open_corpus, split_documents
@@ -51,6 +52,7 @@ def pieces(cfg: CorpusConfig, corpus: Corpus, what: str, progress: bool) -> Iter
     with tqdm(total=corpus.total_bytes, desc=f"{what} {corpus.name}", unit="B", unit_scale=True,
               mininterval=every_s, delay=0.5, disable=not progress, file=sys.stderr, leave=False) as bar:
         for piece in split_documents(corpus, cfg.val_fraction):
+            signals.look()
             yield piece
             bar.update(len(piece[1]))
 

@@ -217,6 +217,13 @@ class TensorBoard:
         block = "\n".join("    " + line for line in text.splitlines())
         self.add(lambda summary: [summary.text(tag, block)], step)
 
+    def resume(self, step: int) -> None:
+        "What an earlier start wrote beyond `step` is to be shown no more"
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        self.add(lambda summary: [], step)
+        mark = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        if self.writer: self.writer.write(mark.SerializeToString())
+
     def config(self, cfg: RunConfig, metrics: Iterable[str] = ("val/loss",)) -> None:
         "The config, as text and as hyperparameters that runs can be sorted by"
         self.text("config", cfg.to_yaml())

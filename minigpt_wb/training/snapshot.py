@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['Tensors', 'bare_name', 'place', 'whole', 'untie', 'parameter_names', 'pack_optimizer', 'split_moments', 'to_json',
-           'from_json', 'rng_state', 'restore_rng', 'Snapshot', 'versions', 'take_snapshot', 'compare_names',
-           'fill_model', 'fill_optimizer']
+           'from_json', 'rng_state', 'restore_rng', 'Snapshot', 'versions', 'take_snapshot', 'Buffers', 'sides',
+           'tensors_of', 'pages', 'compare_names', 'fill_model', 'fill_optimizer']
 
 # %% ../../nbs/41_training.snapshot.ipynb #c22aae4c
-import base64, json, math, platform, random, time
+import base64, json, math, mmap, platform, random, time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -146,6 +146,68 @@ def take_snapshot(step: int, model_state: Tensors, optimizer: torch.optim.Optimi
     if clash := {"step", "ties", "optimizer"} & (state or {}).keys():
         raise ValueError(f"state names {', '.join(sorted(clash))} are the checkpoint's own: use other names")
     return Snapshot(step, model, optim, to_json(own | (state or {})))
+
+# %% ../../nbs/41_training.snapshot.ipynb #c77c9c19
+class Buffers:
+    "Memory for one snapshot at a time: what is copied into it does not change with the model"
+    def __init__(self):
+        self.shapes: list[tuple] = []       # name, dtype and shape of each tensor
+        self.places: list[torch.Tensor] = []
+        self.stream = self.copied = None    # on CUDA: where copies run, and the end of the latest
+
+    def fit(self, tensors: dict[tuple[str, str], torch.Tensor]) -> None:
+        "Have a place for each of `tensors`; keeps what is there when it fits"
+        shapes = [(n, t.dtype, t.shape) for n, t in tensors.items()]
+        if shapes == self.shapes: return
+        self.shapes, self.places = [], []   # freed before the new memory is taken
+        starts = [0]
+        for t in tensors.values(): starts.append(starts[-1] + -(-t.nbytes // 64) * 64)
+        flat = pages(max(starts[-1], 1), pinned=any(t.is_cuda for t in tensors.values()))
+        self.places = [flat[at:at + t.nbytes].view(t.dtype).view(t.shape) for at, t in zip(starts, tensors.values())]
+        self.shapes = shapes
+
+    def copy(self, snapshot: Snapshot) -> Snapshot:
+        "`snapshot` with tensors of its own; on CUDA they are whole once `arrive` has returned"
+        self.fit(tensors := tensors_of(snapshot))
+        if any(t.is_cuda for t in tensors.values()): self.copy_beside(list(tensors.values()))
+        else: torch._foreach_copy_(self.places, list(tensors.values()))
+        places = dict(zip(tensors, self.places))
+        model, optim = ({n: places[side, n] for n in part or ()} for side, part in sides(snapshot).items())
+        return replace(snapshot, model=model, optim=None if snapshot.optim is None else optim)
+
+    def copy_beside(self, tensors: list[torch.Tensor]) -> None:
+        "Start the copies from a GPU, behind what it has been given to do"
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            for place, t in zip(self.places, tensors):
+                place.copy_(t, non_blocking=True)
+                if t.is_cuda: t.record_stream(self.stream)
+            self.copied = self.stream.record_event()
+
+    def arrive(self) -> None:
+        "Wait until the latest copy is whole"
+        if self.copied: self.copied.synchronize()
+
+    def fence(self) -> None:
+        "Let the GPU change nothing that is still being copied; call it before weights are updated"
+        if self.copied: torch.cuda.current_stream().wait_event(self.copied)
+
+def sides(snapshot: Snapshot) -> dict[str, Tensors | None]:
+    return {"model": snapshot.model, "optim": snapshot.optim}
+
+def tensors_of(snapshot: Snapshot) -> dict[tuple[str, str], torch.Tensor]:
+    "Every tensor of a snapshot, by side and name"
+    return {(side, n): t for side, part in sides(snapshot).items() for n, t in (part or {}).items()}
+
+def pages(size: int, pinned: bool) -> torch.Tensor:
+    "`size` bytes (n,) uint8, in memory that is there already: huge pages where the system has them, or pinned"
+    if pinned: return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try: memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError: pass  # a kernel without them: small pages do
+    return torch.frombuffer(memory, dtype=torch.uint8).zero_()
 
 # %% ../../nbs/41_training.snapshot.ipynb #30fb538a
 def compare_names(stored: Iterable[str], own: Iterable[str], what: str) -> None:
