@@ -17,7 +17,7 @@ import torch
 
 from ..config import shown
 from ..run import Run, list_runs, number, process_start
-from .checkpoints import Checkpoint, Checkpoints, candidates, find_checkpoint, step_of
+from .checkpoints import ASIDE, Checkpoint, Checkpoints, candidates, find_checkpoint, step_of
 from .snapshot import Tensors
 
 # %% ../../nbs/47_training.listing.ipynb #2467a60b
@@ -55,7 +55,7 @@ def other_rows(store: Path) -> list[dict[str, Any]]:
         if step_of(Path(entry.name)) is not None or entry.name in ("latest", "best", ".lock"): continue
         info = entry.stat(follow_symlinks=False)
         rows.append({"name": entry.name, "step": None, "bytes": size_of(entry), "loss": None, "val_loss": None,
-                     "age_s": max(0.0, time.time() - info.st_mtime), "verified": "NO", "what": what_is(entry),
+                     "age_s": max(0.0, time.time() - info.st_mtime), "verified": "", "what": what_is(entry),
                      "from": ""})
     return rows
 
@@ -73,6 +73,9 @@ def what_is(entry: os.DirEntry) -> str:
                 "half-written: its process is gone, the next save removes it")
     if entry.name.startswith((".del-", ".old-", ".latest", ".best")): return "left over: the next save removes it"
     if entry.is_symlink(): return "a link, not followed"
+    if entry.name == ASIDE and entry.is_dir():
+        steps = sorted(step_of(p) for p in Path(entry.path).glob("*/step_*") if step_of(p) is not None)
+        return f"put aside when the run went back: {', '.join(map(str, steps)) or 'no step'}"
     if entry.name.endswith((".pt", ".pth", ".bin", ".safetensors", ".ckpt")):
         return "not ours: `minigpt checkpoints inspect` looks into it"
     return "no checkpoint"

@@ -157,7 +157,7 @@ def report_saved(t: Trainer) -> None:
     "A row and a line for each checkpoint that got to disk; raises when one could not be written"
     for s in t.saver.finished():
         record(t, "save", step=s.step, samples=s.samples, path=s.path.name, bytes=s.bytes, stall_s=s.stall_s, write_s=s.write_s)
-        t.log.info(f"{progress(t)} | saved {s.path.name}, {s.bytes:,} bytes: training stood {s.stall_s:.3f} s, "
+        t.log.info(f"Step [{s.step}/{t.length.steps}] | saved {s.path.name}, {s.bytes:,} bytes: training stood {s.stall_s:.3f} s, "
                    f"on disk after {s.write_s:.2f} s")
 
 @contextmanager
