@@ -19,7 +19,7 @@ from .commands.checkpoints import checkpoints_command
 def prepare_command(argv: list[str]) -> int:
     "turn a corpus into ids, without training; --list and --clear for what is in the cache"
     from minigpt_wb.data.prepare import clear_caches, list_caches
-    from minigpt_wb.train import ARGUMENTS, from_command, ready
+    from minigpt_wb.training.entry import ARGUMENTS, from_command, ready
     if "--list" in argv:
         rows = [{"key": c.path.name} | {k: c.meta[k] for k in ("data", "tokenizer")} | c.meta["tokens"]
                 | {"created": c.meta["created"]} for c in list_caches()]

@@ -23,6 +23,8 @@ def weights(step: int) -> dict[str, torch.Tensor]:
 def tokenizer(tmp_path):
     folder = tmp_path / "tokenizer"; folder.mkdir()
     (folder / "tokenizer.json").write_text('{"model": "of a kind"}' * 20)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).write_text('{"eos_token": "end"}' * 20)
     return folder
 
 

@@ -35,19 +35,19 @@ def test_one_broken_run_hides_no_other(tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["run", "b", "a", "broken"]
 
 
-def test_tables_are_for_people(tmp_path, monkeypatch, capsys):
-    from minigpt_wb.training import checkpoints
+def test_tables_are_for_people(tmp_path, capsys):
+    import torch
+    from minigpt_wb.training.checkpoints import save_checkpoint
     run = Run.create(RunConfig.preset("tiny"), tmp_path, "a")
     run.set_status(started=time.time() - 400)
     run.log_row("train", step=1, loss=2.123456)
     cli.main(["runs", "--runs-dir", str(tmp_path)])
     out = capsys.readouterr().out
     assert " 0.1" in out and "0.1000" not in out and "2.1235" in out
-    class Listed:
-        def rows(self): return [dict(step=5, loss=None, val_loss=1.5, bytes=7, age_s=3700.0, marks="best")]
-    monkeypatch.setattr(checkpoints, "list_checkpoints", lambda run: Listed())
+    save_checkpoint(run, 5, {"w": torch.ones(3)}, state=dict(val_loss=1.5, time=time.time() - 3700.0))
     cli.main(["checkpoints", "a", "--runs-dir", str(tmp_path)])
-    assert "1 h" in capsys.readouterr().out
+    [_, row] = capsys.readouterr().out.splitlines()
+    assert "1 h" in row and "yes" in row and "best, latest" in row and "1.5" in row
 
 
 def test_interrupt_is_one_line(monkeypatch, capsys):

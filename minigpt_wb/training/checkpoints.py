@@ -169,7 +169,7 @@ def publish(run: Run | Path, snapshot: Snapshot, tokenizer_dir: str | Path | Non
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         message = (f"step {snapshot.step} could not be saved ({e}): it needs {snapshot.bytes:,} bytes, "
-                   f"{free_bytes(store):,} are free. Older checkpoints are as they were: free some space, "
+                   f"{free_bytes(store):,} bytes are free. Older checkpoints are as they were: free some space, "
                    "or save less often")
         raise CheckpointError(getattr(e, "errno", None) or errno.EIO, message, str(store)) from e
     finally: shutil.rmtree(staging, ignore_errors=True)
