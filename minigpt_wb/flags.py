@@ -34,7 +34,7 @@ def own_names(argv: list[str]) -> tuple[list[str], dict[str, Any]]:
     return out, turned
 
 SWITCHES = ("fp16", "no_fp16", "use_amp", "use_rotary_emb", "fork", "accept_changed_data", "reset_optimizer",
-            "dry_run", "quick")  # flags that may stand alone
+            "dry_run", "quick", "overwrite")  # flags that may stand alone
 
 def next_value(key: str, words: list[str]) -> str | bool:
     "The value of another system's flag, taken off `words`; a switch or an ignored flag needs none"

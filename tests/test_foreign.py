@@ -780,10 +780,11 @@ def test_tokenizers_of_imports(tmp_path):
     meta = {"vocab_size": V, "itos": dict(enumerate(chars)), "stoi": {c: i for i, c in enumerate(chars)}}
     path = sample("nanogpt", tmp_path)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    model, cfg, tokenizer = load_model(import_checkpoint(path, tmp_path / "runs", "meta"))
+    model, cfg, tokenizer = load_model(import_checkpoint(path, tmp_path / "runs", "meta", vocab_size=V))
     assert tokenizer.encode("\u4e03\u4e01") == [3, 1] and cfg["vocab_size"] == V
-    model, cfg, tokenizer = load_model(import_checkpoint(path, tmp_path / "runs", "grown", vocab_size=V + 1))
+    model, cfg, tokenizer = load_model(import_checkpoint(path, tmp_path / "runs", "grown"))
     logits = model(IDS)
+    assert cfg["vocab_size"] == V + 1
     assert torch.allclose(logits[..., :V], nanogpt_logits(nanogpt_state(), IDS), atol=1e-5)
     assert torch.allclose(logits[..., V], logits[..., :V].mean(-1), atol=1e-4)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": Run(os.system, f"touch {tmp_path / CANARY}")}))

@@ -70,7 +70,7 @@ def one(argv: list[str], usage: str, about: str, flags: dict[str, str] = {}, cou
 
 def inspect_command(argv: list[str]) -> int:
     "look into a file or folder of any system: keys, versions, what would load, and why not"
-    from minigpt_wb.training.foreign import inspect_file
+    from minigpt_wb.training.imports import inspect_file
     about = "Prints what FILE is, what is in it, what would load and what not, and why. Nothing in it is executed."
     [path], _ = one(argv, "minigpt checkpoints inspect FILE", about)
     found = inspect_file(path)
@@ -117,25 +117,31 @@ def diff_command(argv: list[str]) -> int:
 
 def export_command(argv: list[str]) -> int:
     "write a checkpoint as a plain .pt, in the keys of another system"
-    from minigpt_wb.training.foreign import LAYOUTS, export_checkpoint
-    usage = f"minigpt checkpoints export RUN@500 [--layout {'|'.join(LAYOUTS)}] [--output PATH] [--runs-dir DIR]"
-    about = ("Prints the path of the file, which torch.load reads as it is: plain dicts, numbers and tensors, keys and names of LAYOUT (s0\n"
-             f"when not given). A file FILE.sha256 lies beside it.\n{RUN}")
-    [ref], flags = one(argv, usage, about, {"layout": "a layout", "output": "a file or a folder"})
-    print(export_checkpoint(ref, flags.pop("output", None), flags.pop("layout", "s0"), **flags))
+    from minigpt_wb.training.exports import export_checkpoint
+    from minigpt_wb.training.foreign import LAYOUTS
+    usage = (f"minigpt checkpoints export RUN@500 [--layout {'|'.join(LAYOUTS)}] [--output PATH] [--names theirs|ours] [--overwrite]\n"
+             "  [--runs-dir DIR]")
+    about = ("Prints the path of the file, which torch.load reads as it is: plain dicts, numbers and tensors, the keys and names of LAYOUT\n"
+             "(s0 when not given). `--names ours` keeps our names, for a model that LAYOUT has not. PATH may be a folder, the current one\n"
+             f"when not given. A file FILE.sha256 lies beside it.\n{RUN}")
+    known = {"layout": "a layout", "output": "a file or a folder", "names": "theirs or ours", "overwrite": "replace a file that is there"}
+    [ref], flags = one(argv, usage, about, known)
+    print(export_checkpoint(ref, flags.pop("output", "."), **flags))
     return 0
 
 def import_command(argv: list[str]) -> int:
     "make a run of another system's checkpoint"
-    from minigpt_wb.training.foreign import import_checkpoint
-    usage = "minigpt checkpoints import FILE [--tokenizer NAME] [--data CORPUS] [--run-name NAME] [--runs-dir DIR]"
-    about = ("Prints the new run's directory. S0 to S4, nanoGPT and bare .safetensors are known by their keys; nothing in the file is\n"
-             "executed. `minigpt train --resume RUN --reset-optimizer` goes on from it.")
-    known = {"tokenizer": "bytes, hf:NAME or a folder", "data": "a corpus", "run_name": "the new run's name"}
+    from minigpt_wb.config import leaf_names
+    from minigpt_wb.training.checkpoints import list_checkpoints
+    from minigpt_wb.training.imports import import_checkpoint
+    usage = "minigpt checkpoints import FILE [--tokenizer NAME] [--data CORPUS] [--run-name NAME] [--runs-dir DIR] [--SETTING VALUE]"
+    about = ("Prints the new run's directory; what could not be carried over goes to stderr. S0 to S4, nanoGPT and bare .safetensors are\n"
+             "known by their keys; nothing in the file is executed. A SETTING says what the file does not, such as --n-head 12.\n"
+             "`minigpt train --resume RUN` goes on from it, with --reset-optimizer where no moments came along.")
+    known = dict.fromkeys(leaf_names(), "a value") | {"tokenizer": "bytes, hf:NAME or a folder", "run_name": "the new run's name"}
     [path], flags = one(argv, usage, about, known)
     run = import_checkpoint(path, **flags)
-    for line in run.rows("event"):
-        if line.get("notes"): note("; ".join(line["notes"]))
+    for text in list_checkpoints(run)[-1].state["notes"]: note(text)
     print(run.path)
     return 0
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'HELP', 'ready', 'prompt_for', 'absolute', 'from_command', 'arguments', 'find', 'file_over', 'given',
-           'open_run', 'check_name', 'link_notebook', 'check_start']
+           'open_run', 'check_name', 'link_notebook', 'check_start', 'check_optimizer']
 
 # %% ../../nbs/69_training.entry.ipynb #a895cce9
 import os
@@ -147,6 +147,7 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     state = start.checkpoint.state
     for name in state.get("by_value") or ():
         if not functions.get(name): raise ValueError(f"{name} of {where(start)} was a function of a notebook: give {name} to launch again")
+    check_optimizer(start, cfg)
     check_data(start, cache)
     cfg = cfg.override(global_batch_size=global_batch(cfg.training, world_size))
     windows = Windows(cache.train, cfg.model.context_length, cfg.training.seed)
@@ -157,3 +158,12 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     note(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. Give more max_steps, "
          "epochs or train_tokens to go on")
     return False
+
+
+def check_optimizer(start: Start, cfg: RunConfig) -> None:
+    "ValueError when the moments of the checkpoint cannot be carried into the optimiser of `cfg`"
+    saved = (start.checkpoint.state.get("optimizer") or {}).get("type")
+    wanted = {"adamw": "AdamW", "sgd": "SGD"}[cfg.optim.optimizer]
+    if start.reset_optimizer or saved == wanted: return
+    holds = f"moments of {saved}" if saved else "no moments"
+    raise ValueError(f"{where(start)} holds {holds}, which {wanted} cannot go on from: give reset_optimizer to start it anew")

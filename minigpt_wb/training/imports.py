@@ -159,6 +159,9 @@ def import_checkpoint(path: str | Path, runs_dir: str | Path | None = None, run_
     cfg = RunConfig().override(**vars(foreign.model) | foreign.settings | settings
                                | {n: v for n, v in given.items() if v is not None})
     found = find_tokenizer(foreign, cfg, tokenizer)
+    if rows is None and len(found) > foreign.model.vocab_size:
+        cfg = cfg.override(vocab_size=len(found))
+        foreign.notes.append(f"vocabulary: {len(found)} ids, one more than the file's, for end-of-text")
     run = Run.create(cfg, runs_dir, run_name)
     try: settle(run, cfg, foreign, found, tokenizer)
     except BaseException:

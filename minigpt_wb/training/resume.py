@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FREE', 'NEVER', 'ROUNDING', 'Start', 'find_start', 'newest_with_checkpoint', 'may_change', 'resumed_config', 'where',
-           'with_saved_tokenizer', 'check_data', 'data_differences', 'package_hash', 'function_hash', 'environment',
+           'base_config', 'check_data', 'data_differences', 'package_hash', 'function_hash', 'environment',
            'Certificate', 'certify', 'order_verdict', 'step_verdict', 'dropout_verdict', 'weights_verdict', 'put_aside',
            'certificate']
 
@@ -91,8 +91,8 @@ def resumed_config(start: Start, given: RunConfig | None = None, **settings: Any
     # `given`: a whole config in place of the saved one, which it is compared with
     # `settings`: leaves laid over it
     "The config that a run goes on with; ValueError for what cannot change, which lists what can"
-    saved = start.checkpoint.config
-    cfg = (given or saved).override(**settings)
+    saved, cfg = base_config(start), (given or base_config(start)).override(**settings)
+    if cfg["tokenizer"] == start.checkpoint.config["tokenizer"]: cfg = cfg.override(tokenizer=saved["tokenizer"])
     changed = saved.differences(cfg)
     fixed = [n for n in changed if n not in may_change(saved) and (n == "tokenizer" or n in saved.tree()["model"])]
     if fixed:
@@ -100,13 +100,16 @@ def resumed_config(start: Start, given: RunConfig | None = None, **settings: Any
         raise ValueError(f"{words}\nFor another architecture or tokenizer start a new run. What may change: "
                          f"{', '.join(may_change(saved))}")
     if "grad_accum_steps" in changed and "global_batch_size" not in changed: cfg = cfg.override(global_batch_size=None)
-    return with_saved_tokenizer(start, cfg) if start.accept_changed_data else cfg
+    return cfg
 
 def where(start: Start) -> str: return f"{start.run.name}@{start.checkpoint.step}"
 
-def with_saved_tokenizer(start: Start, cfg: RunConfig) -> RunConfig:
-    "`cfg` with the tokenizer of the checkpoint, kept in cache/: another text would make another one"
-    if cfg.corpus.tokenizer == "bytes": return cfg
+def base_config(start: Start) -> RunConfig:
+    "The saved config; its tokenizer is the checkpoint's own where the text may be another, or its folder is gone"
+    cfg = start.checkpoint.config
+    name = cfg.corpus.tokenizer
+    lost = os.path.isabs(name) and not os.path.exists(name)
+    if name == "bytes" or not (lost or start.accept_changed_data): return cfg
     source = start.checkpoint.tokenizer_dir
     kept = find_root() / "cache" / "tokenizers" / tokenizer_hash(load_tokenizer(str(source)))[:16]
     if not kept.is_dir():
