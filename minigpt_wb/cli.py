@@ -10,7 +10,7 @@ import os, sys
 from collections.abc import Callable
 
 from . import __version__
-from .config import did_you_mean, note
+from .config import did_you_mean, tell
 from .run import ENDED, Run, list_runs
 from .shell import RUN, RUNS_DIR, text_table, words
 from .commands.checkpoints import checkpoints_command
@@ -74,7 +74,7 @@ def stop_command(argv: list[str]) -> int:
     run = Run.open(ref[0], **flags)
     if run.state in ENDED: raise ValueError(f"{run.name} is not running: it is {run.state}")
     run.stop()
-    note(f"{run.name} was asked to stop")
+    tell(f"{run.name} was asked to stop")
     return 0
 
 # %% ../nbs/99_cli.ipynb #5787ad63
@@ -100,15 +100,15 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if argv[0] not in COMMANDS:
         known = ", ".join(COMMANDS)
-        note(f"{argv[0]!r} is not a command{did_you_mean(argv[0], COMMANDS)}: there are {known}")
+        tell(f"{argv[0]!r} is not a command{did_you_mean(argv[0], COMMANDS)}: there are {known}")
         return 2
     if "" not in sys.path: sys.path.insert(0, "")  # `--model-fn my_file:build` means a file of this folder
     try: return COMMANDS[argv[0]](argv[1:])
     except ValueError as e:
-        note(str(e))
+        tell(str(e))
         return 2
     except KeyboardInterrupt:
-        note("interrupted")
+        tell("interrupted")
         return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -7,9 +7,9 @@ __all__ = ['Count', 'Whole', 'Positive', 'Amount', 'Share', 'Every', 'strict', '
            'IGNORED', 'ENTRY', 'PRESETS', 'DEFAULT_PRESET', 'ModelConfig', 'CorpusConfig', 'OptimConfig',
            'TrainingConfig', 'SamplingConfig', 'every_steps', 'RunConfig', 'leaf_names', 'section_of', 'did_you_mean',
            'validated', 'error_line', 'shown', 'plain', 'write_atomically', 'flag', 'peak_of', 'ours', 'canonical',
-           'note', 'strip_comments', 'read_settings', 'flat', 'once', 'yaml_loader', 'size', 'tiny', 'small', 'medium',
-           'large', 'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve', 'read_config',
-           'from_file', 'take', 'find_root']
+           'tell', 'note', 'strip_comments', 'read_settings', 'flat', 'once', 'yaml_loader', 'size', 'tiny', 'small',
+           'medium', 'large', 'debug', 'shakespeare_char', 'medical', 'gpt2', 'production', 'stable', 'resolve',
+           'read_config', 'from_file', 'take', 'find_root']
 
 # %% ../nbs/00_config.ipynb #88f76e3c
 import dataclasses, difflib, json, os, re, sys
@@ -361,10 +361,14 @@ def canonical(values: dict[str, Any], entry: tuple[str, ...] = ()) -> dict[str, 
     if without: note(f"accepted without effect: {', '.join(sorted(without))}")
     return out
 
+def tell(text: str) -> None:
+    "Say something on the error channel, without a source line"
+    print(f"minigpt: {text}", file=sys.stderr, flush=True)
+
 @cache
 def note(text: str) -> None:
-    "Say something on the error channel, once, without a source line"
-    print(f"minigpt: {text}", file=sys.stderr, flush=True)
+    "`tell`, but the same thing only once"
+    tell(text)
 
 # %% ../nbs/00_config.ipynb #75f09a40
 def strip_comments(text: str) -> str:

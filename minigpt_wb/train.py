@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from . import signals
-from .config import RunConfig, note, resolve
+from .config import RunConfig, resolve, tell
 from .run import Run, process_start
 from .watch import RunFailed
 from .data.cache import TokenCache
@@ -167,7 +167,7 @@ def train_apart(cfg: RunConfig, entry: dict[str, Any]) -> int:
     try:
         with in_terminal(run): run.wait(poll_s=0.1, progress=pass_on)
     except RunFailed as e:
-        note(str(e))
+        tell(str(e))
         return 1
     return status_of(run.state)
 
@@ -191,10 +191,10 @@ def main(argv: list[str] | None = None) -> int:
         if devices in (1, [0]): return train_here(cfg, entry)
         return train_apart(cfg, entry)
     except ValueError as e:
-        if first: note(str(e))
+        if first: tell(str(e))
         return 2
     except KeyboardInterrupt as e:
-        note("interrupted before anything was trained")
+        tell("interrupted before anything was trained")
         return 75 if isinstance(e, signals.Interrupted) else 130
 
 # %% ../nbs/71_train.ipynb #349d96ea

@@ -37,11 +37,12 @@ def half_way(t: Trainer, steps: int) -> None:
     t.saver.finished()
     optimiser_step(t)
 
-def die_half_way(cfg: RunConfig, run: Run, cache: TokenCache, steps: int, functions: tuple) -> None:
+def die_half_way(cfg: RunConfig, run: Run, cache: TokenCache, steps: int, functions: tuple = (),
+                 start: Start | None = None) -> None:
     "What a rank does that is to be killed"
     process = identity(cfg.training.device)
     with group(process):
-        half_way(make_trainer(cfg, run, cache, process, *functions), steps)
+        half_way(make_trainer(cfg, run, cache, process, *functions, start=start), steps)
         os.kill(os.getpid(), signal.SIGKILL)
 
 def stop_half_way(cfg: RunConfig, run: Run, cache: TokenCache, steps: int, functions: tuple) -> None:

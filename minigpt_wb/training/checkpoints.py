@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'MODEL', 'OPTIM', 'STATE', 'MANIFEST', 'TOKENIZER', 'ASIDE', 'PIECE', 'DTYPES', 'fsync', 'sha256',
            'regular_files', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json', 'write_files',
            'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish', 'free_bytes',
-           'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints', 'list_checkpoints',
+           'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints', 'list_checkpoints',
            'save_checkpoint', 'hint', 'find_checkpoint', 'pick', 'candidates', 'steps_of', 'first_intact', 'prune',
            'load_model']
 
@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ..config import RunConfig, note, write_atomically
+from ..config import RunConfig, tell, write_atomically
 from ..run import Run, split_ref
 from ..data.tokenizer import load_tokenizer
 from ..model.gpt import build_model
@@ -179,6 +179,26 @@ def free_bytes(store: Path) -> int:
     "Bytes that the disk of a store has left; 0 when nobody can say"
     try: return shutil.disk_usage(store).free
     except OSError: return 0
+
+# %% ../../nbs/42_training.checkpoints.ipynb #9da34034
+def adopt(store: Path, folder: Path) -> Path:
+    "Put a step of another store into `store` as well, as hard links where possible -> its folder there"
+    final, staging = store / folder.name, store / f".tmp-{folder.name}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with locked(store):
+            for name in regular_files(folder):
+                (staging / name).parent.mkdir(parents=True, exist_ok=True)
+                try: os.link(folder / name, staging / name)
+                except OSError:  # another disk, or one without links
+                    shutil.copyfile(folder / name, staging / name)
+                    fsync(staging / name)
+            for path in {(staging / name).parent for name in regular_files(staging)}: fsync(path)
+            staging.rename(final)
+            fsync(store)
+    except OSError as e:
+        raise CheckpointError(e.errno or errno.EIO, f"{folder} could not be put into {store} ({e})") from e
+    finally: shutil.rmtree(staging, ignore_errors=True)
+    return final
 
 # %% ../../nbs/42_training.checkpoints.ipynb #18360e1a
 @dataclass(frozen=True)
@@ -368,7 +388,7 @@ def first_intact(candidates: list[Checkpoint], ref: str) -> Checkpoint:
     rejected = []
     for c in candidates:
         if not (problems := c.verify()):
-            if rejected: note(f"using {c.path} instead of " + "; ".join(rejected))
+            if rejected: tell(f"using {c.path} instead of " + "; ".join(rejected))
             return c
         rejected.append(f"{c.path.name} ({', '.join(problems)})")
     raise ValueError(f"{ref} holds no intact checkpoint: " + "; ".join(rejected))

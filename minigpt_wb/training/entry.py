@@ -7,12 +7,12 @@ __all__ = ['ARGUMENTS', 'HELP', 'ready', 'prompt_for', 'absolute', 'from_command
            'open_run', 'check_name', 'link_notebook', 'check_start', 'check_optimizer']
 
 # %% ../../nbs/69_training.entry.ipynb #a895cce9
-import os
+import os, shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import DEFAULT_PRESET, ENTRY, RunConfig, note, read_config, resolve, take
+from ..config import DEFAULT_PRESET, ENTRY, RunConfig, read_config, resolve, take, tell
 from ..flags import from_flags, split_flags
 from ..run import Run, checked_name, runs_root
 from .._papermill import NOTEBOOK
@@ -23,6 +23,7 @@ from ..data.tokenizer import encode
 from ..model.gpt import named_function
 from ..model.objectives import resolve_objective
 from .optim import global_batch
+from .checkpoints import adopt
 from .resume import Start, check_data, find_start, resumed_config, where
 from .state import length_of
 
@@ -124,8 +125,14 @@ def open_run(cfg: RunConfig, start: Start | None = None, runs_dir: str | Path | 
     again = start is not None and not start.fork
     run = start.run if again else Run.create(cfg, runs_dir, run_name, preset or ("fork" if start else "tiny"))
     run.held = run.hold()
-    if again: run.begin(start.checkpoint.step)
-    link_notebook(run)
+    try:
+        if again: run.begin(start.checkpoint.step)
+        elif start: adopt(run.checkpoints_dir, start.checkpoint.path)
+        link_notebook(run)
+    except BaseException:
+        run.release()
+        if not again: shutil.rmtree(run.path, ignore_errors=True)  # ours, and a half one
+        raise
     return run
 
 def check_name(runs_dir: str | Path | None, run_name: str | None) -> None:
@@ -155,7 +162,7 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     left = length.steps > start.checkpoint.step and length.samples > (state.get("samples") or 0)
     same = (state.get("length") or {}).get("steps") == length.steps
     if left or (same and not state.get("final")): return True  # it was killed in its last evaluation
-    note(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. Give more max_steps, "
+    tell(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. Give more max_steps, "
          "epochs or train_tokens to go on")
     return False
 

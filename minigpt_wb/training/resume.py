@@ -40,7 +40,9 @@ class Start:
     def checkpoint(self) -> Checkpoint:
         "The checkpoint; raises ValueError when it is not the one that was verified"
         found = Checkpoint(self.path)
-        if found.sha256 != self.sha256: raise ValueError(f"{self.path} was changed while the run started: start it again")
+        try: same = found.sha256 == self.sha256
+        except OSError: same = False
+        if not same: raise ValueError(f"{self.path} was changed or deleted while the run started: start it again")
         return found
 
     @property
@@ -211,7 +213,8 @@ def step_verdict(cfg: RunConfig, settings: dict[str, Any], world_size: int) -> s
     "How many samples a step has, and how the ranks share them"
     part, total = cfg.training, cfg.training.global_batch_size
     micro = -(-total // part.batch_size)
-    share = f"{total} samples: {micro} micro-batches of up to {part.batch_size} over {world_size} {'rank' if world_size == 1 else 'ranks'}"
+    many = lambda n, what: f"{n} {what}{'s' * (n != 1)}" if what != "micro-batch" else f"{n} {what}{'es' * (n != 1)}"
+    share = f"{total} samples: {many(micro, 'micro-batch')} of up to {part.batch_size} over {many(world_size, 'rank')}"
     if "global_batch_size" in settings: return f"CHANGE to {share}, {settings['global_batch_size'][0]} before"
     return f"the same {share}" + (", the accumulation follows" if {"batch_size", "grad_accum_steps"} & set(settings) else "")
 
@@ -250,7 +253,7 @@ def put_aside(run: Run, step: int) -> list[int]:
 
 def certificate(run: Run | str | Path, runs_dir: str | Path | None = None) -> Certificate | None:
     "The certificate of a run's latest start, None when it began from nothing"
-    rows = [r for r in Run.open(run, runs_dir).rows() if r.get("kind") == "resume" or (r.get("event") == "start" and "certificate" in r)]
+    rows = [r for r in Run.open(run, runs_dir).rows() if "certificate" in r]
     if not rows: return None
     said = rows[-1]["certificate"]
     return Certificate(said["title"], {n: tuple(v) for n, v in said["differences"].items()}, said["verdicts"])

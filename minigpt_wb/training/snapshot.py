@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Tensors', 'bare_name', 'place', 'whole', 'untie', 'parameter_names', 'pack_optimizer', 'split_moments', 'to_json',
-           'from_json', 'rng_state', 'restore_rng', 'Snapshot', 'versions', 'take_snapshot', 'Buffers', 'sides',
-           'tensors_of', 'pages', 'compare_names', 'fill_model', 'fill_optimizer']
+           'from_json', 'rng_state', 'seed_all', 'restore_rng', 'Snapshot', 'versions', 'take_snapshot', 'Buffers',
+           'sides', 'tensors_of', 'pages', 'compare_names', 'fill_model', 'fill_optimizer']
 
 # %% ../../nbs/41_training.snapshot.ipynb #c22aae4c
 import base64, json, math, mmap, platform, random, time
@@ -106,6 +106,10 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = text(torch.cuda.get_rng_state().numpy())
     return to_json(state)
+
+def seed_all(seed: int) -> None:
+    "Start the global random generators of torch, Python and numpy at `seed`"
+    torch.manual_seed(seed); random.seed(seed); np.random.seed(seed % 2**32)
 
 def restore_rng(state: dict[str, Any]) -> None:
     "Put the global random generators back to what `rng_state` saw"
