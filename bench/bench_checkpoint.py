@@ -1,18 +1,23 @@
-"""What a checkpoint costs: training that stands still, slower steps while it is written, verifying and loading it again.
+"""What a checkpoint costs: training that stands still, slower steps while it is written, verifying, loading.
 
-Ours beside torch.save, torch.save with fsync, DCP save and DCP async_save, taking turns in one run on one model that is really trained:
-  python bench/bench_checkpoint.py                     # 30 M parameters, 361 MB: the vocabulary of 50,304 words
-  python bench/bench_checkpoint.py --shape gpt2        # 124 M parameters, 1.5 GB
-stall: until the loop may go on. next: the step that follows, over the median step. during: the mean of the steps while the write is under
-way, over the median step. disk: until the bytes are on disk. Ours is fsynced, hashed and verified before an older one goes; of the others only
-"+fsync" is fsynced.
+Ours beside torch.save, torch.save with fsync, DCP save and DCP async_save, taking turns in one run on one
+model that is really trained:
+
+    python bench/bench_checkpoint.py                 # 30 M parameters, 361 MB: a vocabulary of 50,304 words
+    python bench/bench_checkpoint.py --shape gpt2    # 124 M parameters, 1.5 GB
+    python bench/bench_checkpoint.py --only program  # start with and without resume, signals, a killed rank
+
+stall: until the loop may go on. next: the step that follows, over the median step. during: the mean of the
+steps while the write is under way, over the median step. disk: until the bytes are on disk. Ours is fsynced,
+hashed and read back before an older one goes; of the others only "+fsync" is fsynced.
 """
-import argparse, hashlib, os, shutil, socket, statistics, tempfile, time
+import argparse, hashlib, os, shutil, signal, socket, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 import torch
 
 from minigpt_wb.config import RunConfig
+from minigpt_wb.run import Run
 from minigpt_wb.model.gpt import build_model
 from minigpt_wb.model.objectives import TrainStep, keep_freed_memory
 from minigpt_wb.training.checkpoints import Checkpoint, find_checkpoint, publish
@@ -20,8 +25,8 @@ from minigpt_wb.training.optim import make_optimizer
 from minigpt_wb.training.saver import Saver
 from minigpt_wb.training.snapshot import take_snapshot
 
-SHAPES = {"words": dict(n_layer=6, n_head=6, d_model=384, context_length=256, vocab_size=50304), "gpt2":
-          dict(n_layer=12, n_head=12, d_model=768, context_length=256, vocab_size=50304)}
+SHAPES = {"words": dict(n_layer=6, n_head=6, d_model=384, context_length=256, vocab_size=50304),
+          "gpt2": dict(n_layer=12, n_head=12, d_model=768, context_length=256, vocab_size=50304)}
 
 
 class Loop:
@@ -69,7 +74,8 @@ class TorchSave:
         self.loop, self.path, self.sync = loop, folder / f"{sync}.pt", sync
 
     def save(self):
-        torch.save({"model": self.loop.model.state_dict(), "optimizer": self.loop.optimizer.state_dict()}, self.path)
+        parts = {"model": self.loop.model, "optimizer": self.loop.optimizer}
+        torch.save({name: part.state_dict() for name, part in parts.items()}, self.path)
         if self.sync:
             with open(self.path, "rb") as f: os.fsync(f.fileno())
 
@@ -127,8 +133,86 @@ def loading(loop: Loop, folder: Path, rounds: int) -> None:
         Checkpoint(path).restore(loop.model, loop.optimizer)
         total = time.perf_counter() - start
         ratios.append(total / base)
-        print(f"  read and hash {base:.2f} s, ours verified after {verified:.2f} s, loaded after {total:.2f} s: {total / base:.2f}x")
-    print(f"  ratio, median [min..max]: {statistics.median(ratios):.2f} [{min(ratios):.2f}..{max(ratios):.2f}]")
+        print(f"  read and hash {base:.2f} s, ours verified after {verified:.2f} s, loaded after {total:.2f} s, "
+              f"{ratios[-1]:.2f}x")
+    print(f"  ratio, median [min..max]: {spread(ratios)}")
+
+
+def spread(values: list[float], form: str = ".3f") -> str:
+    low, mid, high = (format(f(values), form) for f in (min, statistics.median, max))
+    return f"{mid} [{low}..{high}]"
+
+
+# --- the program as a user starts it
+
+def program(folder: Path, *words: object) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-m", "minigpt_wb.train", *map(str, words)], cwd=folder, env=env,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def until(condition, limit_s: float = 120.0) -> float:
+    "Seconds until `condition()` holds"
+    start = time.perf_counter()
+    while not condition():
+        if time.perf_counter() - start > limit_s: raise TimeoutError("it did not happen")
+        time.sleep(0.002)
+    return time.perf_counter() - start
+
+
+def trained(run: Run, offset: int = 0) -> bool:
+    "Has the run reported a step beyond byte `offset` of its rows?"
+    return any(row["kind"] == "train" for row in run.follow(offset)[0])
+
+
+def kill(process: subprocess.Popen) -> None:
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def starts(folder: Path, shape: dict, rounds: int) -> None:
+    "From the command to the first step, from nothing and from a checkpoint, in turns"
+    sizes = [w for n, v in shape.items() for w in (f"--{n.replace('_', '-')}", v)]
+    fixed = ["--preset", "debug", "--log-level", "info", "--data", "stdlib", "--val-fraction", 0, *sizes,
+             "--batch-size", 1, "--save-every", 2, "--tensorboard", "False", "--max-steps", 10**6]
+    runs = [Run(folder / f"runs/start{i}") for i in range(rounds + 1)]   # the first fills the token cache
+    fresh, resumed = [], []
+    for run in runs:
+        process = program(folder, *fixed, "--run-name", run.name)
+        fresh.append(until(lambda run=run: trained(run)))
+        until(lambda run=run: run.rows("save"))
+        kill(process)
+        offset = (run.path / "metrics.jsonl").stat().st_size
+        process = program(folder, "--resume", run.name)
+        resumed.append(until(lambda run=run, offset=offset: trained(run, offset)))
+        kill(process)
+    size = max(row["bytes"] for row in run.rows("save"))
+    more = [r - f for f, r in zip(fresh[1:], resumed[1:])]
+    print(f"from the command to the first step, {size:,} bytes: fresh {spread(fresh[1:], '.2f')} s, resumed "
+          f"{spread(resumed[1:], '.2f')} s; a resume adds {spread(more, '.2f')} s")
+
+
+def signals(folder: Path, rounds: int) -> None:
+    "Two ranks: from SIGTERM to the checkpoint on disk; from kill -9 of a rank to its name in status.json"
+    fixed = ["--preset", "tiny", "--gpus", 2, "--max-steps", 10**6, "--eval-every", 0, "--sample-every", 0,
+             "--log-every", 1]
+    saved, seen, steps = [], [], []
+    for i in range(rounds):
+        for dead in (False, True):
+            run = Run(folder / f"runs/s{i}{dead}")
+            process = program(folder, *fixed, "--run-name", run.name)
+            until(lambda run=run: len(run.rows("train")) > 5)
+            steps.append(run.rows("train")[-1]["step_s"])
+            if dead:
+                os.kill(run.heartbeats()[1]["pid"], signal.SIGKILL)
+                seen.append(until(lambda run=run: run.stored_status()["state"] == "failed"))
+                assert run.status["failed_rank"] == 1
+            else:
+                process.send_signal(signal.SIGTERM)
+                saved.append(until(lambda run=run: list(run.checkpoints_dir.glob("step_*"))))
+            process.wait()
+    print(f"2 ranks, a step of {spread(steps)} s: SIGTERM to the launcher until the checkpoint is on disk "
+          f"{spread(saved)} s; kill -9 of a rank until status.json names it {spread(seen)} s")
 
 
 def main() -> None:
@@ -138,33 +222,41 @@ def main() -> None:
     ap.add_argument("--threads", type=int, default=2)
     ap.add_argument("--dtype", default="float32")
     ap.add_argument("--rounds", type=int, default=3)
+    ap.add_argument("--only", choices=("loop", "program"))
     ap.add_argument("--dir", help="a folder on the disk to measure")
     a = ap.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=a.dir))
+    try:
+        if a.only != "program": in_a_loop(a, folder)
+        if a.only != "loop":
+            starts(folder, SHAPES[a.shape], a.rounds)
+            signals(folder, a.rounds)
+    finally: shutil.rmtree(folder, ignore_errors=True)
+
+
+def in_a_loop(a: argparse.Namespace, folder: Path) -> None:
+    "Every way of saving, in turns; then loading"
     torch.set_num_threads(a.threads)
     keep_freed_memory()
-    folder = Path(tempfile.mkdtemp(prefix="bench-checkpoint-", dir=a.dir))
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
-    try:
-        loop = Loop(SHAPES[a.shape], a.batch, a.dtype)
-        for _ in range(3): loop.step()
-        ways = {"ours": Ours(loop, folder), "torch.save": TorchSave(loop, folder, False),
-                "torch.save+fsync": TorchSave(loop, folder, True), "dcp.save": Dcp(loop, folder, False),
-                "dcp.async_save": Dcp(loop, folder, True)}
-        found = {name: [] for name in ways}
-        for i in range(a.rounds + 1):   # the first round warms buffers up, and is not counted
-            for name, way in ways.items():
-                median = statistics.median(loop.step() for _ in range(5))
-                row = one_save(way, loop, median) | {"step_s": median}
-                if i: found[name].append(row)
-        print(f"{loop.snapshot(0).bytes:,} bytes of state, {a.threads} threads, {a.rounds} rounds; medians [min..max]")
-        for name, rows in found.items():
-            cells = (f"{k} {statistics.median(v):.3f} [{min(v):.3f}..{max(v):.3f}]" for k in rows[0] for v in [[r[k] for r in rows]])
-            print(f"{name:>17}: {'  '.join(cells)}")
-        loading(loop, folder, a.rounds)
-    finally:
-        torch.distributed.destroy_process_group()
-        shutil.rmtree(folder, ignore_errors=True)
+    loop = Loop(SHAPES[a.shape], a.batch, a.dtype)
+    for _ in range(3): loop.step()
+    ways = {"ours": Ours(loop, folder), "torch.save": TorchSave(loop, folder, False),
+            "torch.save+fsync": TorchSave(loop, folder, True), "dcp.save": Dcp(loop, folder, False),
+            "dcp.async_save": Dcp(loop, folder, True)}
+    found = {name: [] for name in ways}
+    for i in range(a.rounds + 1):   # the first round warms buffers up, and is not counted
+        for name, way in ways.items():
+            median = statistics.median(loop.step() for _ in range(5))
+            row = one_save(way, loop, median) | {"step_s": median}
+            if i: found[name].append(row)
+    size = loop.snapshot(0).bytes
+    print(f"{size:,} bytes of state, {a.threads} threads, {a.rounds} rounds; medians [min..max]")
+    for name, rows in found.items():
+        print(f"{name:>17}: {'  '.join(f'{k} {spread([r[k] for r in rows])}' for k in rows[0])}")
+    loading(loop, folder, a.rounds)
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__": main()

@@ -13,6 +13,7 @@ from conftest import BIN, ROOT, TINY, alive, flags, until
 
 from minigpt_wb.config import RunConfig
 from minigpt_wb.ddp.ranks import start_ranks
+from minigpt_wb.cli import main as cli
 from minigpt_wb.run import Run, list_runs
 from minigpt_wb.train import launch, main
 from minigpt_wb.training.checkpoints import find_checkpoint, list_checkpoints
@@ -176,10 +177,21 @@ def start(folder: Path, *words) -> tuple[subprocess.Popen, Run]:
 
 
 LONG = SAME | dict(max_steps=10**6)
+BUSY = '''
+import threading, time
+from minigpt_wb.model.gpt import GPT
+def read():
+    while True: sum(range(10000)); time.sleep(0.001)
+def build(cfg):
+    for _ in range(2): threading.Thread(target=read, daemon=True).start()
+    return GPT(cfg)
+'''
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
-def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, number):
-    program, run = start(tmp_path, BIN / "minigpt", "train", "--gpus", "2", *flags(**LONG))
+@pytest.mark.parametrize("number, more", [(signal.SIGTERM, []), (signal.SIGUSR1, ["--model-fn", "busy:build"])],
+                         ids=["SIGTERM", "SIGUSR1 with reading threads"])
+def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, number, more):
+    (tmp_path / "busy.py").write_text(BUSY)
+    program, run = start(tmp_path, BIN / "minigpt", "train", "--gpus", "2", *flags(**LONG), *more)
     os.kill(run.heartbeats()[1]["pid"], number)
     begun = time.monotonic()
     assert program.wait(30) == 0 and time.monotonic() - begun < 10, program.stderr.read()
@@ -348,3 +360,42 @@ def test_a_damaged_newest_is_passed_over(tmp_path, capfd):
     said = capfd.readouterr()
     assert "instead of step_0000000006 (model.safetensors was changed" in said.err and "were put aside: 6" in said.out
     assert losses(run) == before and [c.step for c in list_checkpoints(run)] == [2, 4, 6] and samples_read(run) == 12
+
+
+# --- from other systems, and the story
+
+def test_what_another_system_saved_goes_on(tmp_path, capfd):
+    "Out as nanoGPT's file and in again as a run: it resumes, with its moments, and says where it comes from"
+    shape = dict(position="learned", dropout=0.0)
+    train(tmp_path, "a", **SAME | shape | dict(max_steps=4))
+    out = tmp_path / "out"; out.mkdir()
+    words = ["--runs-dir", str(tmp_path)]
+    assert cli(["checkpoints", "export", "a", "--layout", "nanogpt", "--output", str(out), *words]) == 0
+    assert capfd.readouterr().out.splitlines()[-1] == str(out / "ckpt.pt")
+    assert cli(["checkpoints", "import", str(out / "ckpt.pt"), "--tokenizer", "bytes", "--data", "toy", "--run-name", "b", *words]) == 0
+    said = capfd.readouterr()
+    assert said.out.splitlines() == [str(tmp_path / "b")] and "both begin anew" in said.err
+    assert resume(tmp_path, "b", *flags(max_steps=8, batch_size=2, log_every=1, ledger=True)) == 0
+    run = Run(tmp_path / "b")
+    assert [e["kind"] for e in find_checkpoint(run).state["lineage"]] == ["import", "resume"]
+    assert sorted(losses(run)) == [5, 6, 7, 8] and samples_read(run) == 8
+    shown = certificate(run)
+    assert shown.verdicts["weights"].startswith("those of the file") and "dtype" not in shown.differences
+    assert cli(["checkpoints", "import", str(tmp_path / "b" / "config.yaml"), *words]) == 2
+    assert "cannot be read" in capfd.readouterr().err
+
+
+def test_verify_resume_in_a_shell(shell):
+    words = flags(**{k: v for k, v in (TINY | dict(dropout=0.1)).items() if k not in ("eval_every", "save_every")})
+    done = shell("minigpt", "checkpoints", "verify-resume", "--worlds", "1", "--steps", "4", *words)
+    assert done.returncode == 0, done.stderr[-2000:]
+    header, row = done.stdout.splitlines()
+    assert row.startswith("1 to 1 ranks, killed by SIGKILL") and row.endswith("passed") and row.count("equal to the last bit") == 2
+
+
+def test_the_story(shell, tmp_path):
+    "nbs/checkpoints.ipynb from beginning to end"
+    done = shell("papermill", ROOT / "nbs/checkpoints.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {r.name for r in list_runs(tmp_path / "runs")} == {"story", "hotter", "came-back"}
+    assert "passed" in (tmp_path / "out.ipynb").read_text() and samples_read(Run(tmp_path / "runs/story")) == 72
