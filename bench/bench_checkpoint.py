@@ -133,7 +133,7 @@ def loading(loop: Loop, folder: Path, rounds: int) -> None:
         Checkpoint(path).restore(loop.model, loop.optimizer)
         total = time.perf_counter() - start
         ratios.append(total / base)
-        print(f"  read and hash {base:.2f} s, ours verified after {verified:.2f} s, loaded after {total:.2f} s, "
+        print(f"  read and hash {base:.2f} s; ours verified {verified:.2f} s, loaded {total:.2f} s, "
               f"{ratios[-1]:.2f}x")
     print(f"  ratio, median [min..max]: {spread(ratios)}")
 
