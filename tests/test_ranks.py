@@ -1,5 +1,5 @@
 "Ranks under fire: whatever dies, nothing goes on without it, and the run says which rank and why"
-import json, multiprocessing.spawn, os, shutil, signal, subprocess, sys, threading, time
+import json, multiprocessing.spawn, os, resource, shutil, signal, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -92,6 +92,11 @@ def exit_saying(run): sys.exit("no more paper" if os.environ["RANK"] == "1" else
 
 def leave(run): pass
 
+def fail_without_disk(run):
+    if os.environ["RANK"] == "0": return sleep_on(run)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))  # any write to a file fails
+    raise OSError(28, "no room for a whole line")
+
 def crash(run):
     import ctypes
     if os.environ["RANK"] == "1": ctypes.string_at(0)
@@ -117,7 +122,7 @@ def test_ranks_finish(start):
 
 def test_the_rank_that_raised_is_named(start):
     run, supervisor = start(sums, 1)
-    until(lambda: run.log_path(1).with_suffix(".err").exists())
+    until(lambda: 1 in supervisor.told)
     begun = time.monotonic()
     assert supervisor.wait(10) and time.monotonic() - begun < 2
     status = run.status
@@ -126,6 +131,13 @@ def test_the_rank_that_raised_is_named(start):
     assert status["error"].endswith("ValueError: no luck on rank 1")
     assert "rank_main" not in status["error"] and "in sums" in status["error"]
     assert "no luck on rank 1" in said(run, 1) and seconds_until_gone(supervisor.pids) < 0.1
+
+def test_the_reason_needs_no_disk(start):
+    "Nothing can be written any more where the run is: the error is the one that was raised"
+    run, supervisor = start(fail_without_disk)
+    assert supervisor.wait(30) and supervisor.failed_rank == 1
+    assert supervisor.error.endswith("OSError: [Errno 28] no room for a whole line")
+    assert said(run, 1) == ""
 
 @pytest.mark.parametrize("number,name", [(signal.SIGKILL, "SIGKILL"), (signal.SIGSEGV, "SIGSEGV")])
 def test_a_killed_rank_is_named(start, number, name):

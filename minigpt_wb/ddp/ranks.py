@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LEFT_OVER', 'echo_fd', 'POLL_S', 'GRACE_S', 'SAVE_S', 'STARTING', 'Gpus', 'parse_gpus', 'Gpu', 'smi_gpus', 'number',
            'visible_gpus', 'pick', 'load', 'cpu_ranks', 'cores', 'rank_environment', 'free_port', 'die_with',
-           'leave_with', 'rank_main', 'write_error', 'write_to', 'say', 'Supervisor', 'without_main', 'start',
-           'start_all', 'failures', 'ending', 'end_all', 'saving', 'supervise', 'watch', 'write_outcome', 'at_exit',
-           'start_ranks']
+           'leave_with', 'rank_main', 'say_error', 'write_to', 'say', 'Supervisor', 'without_main', 'start',
+           'start_all', 'failures', 'hear', 'ending', 'end_all', 'saving', 'supervise', 'watch', 'write_outcome',
+           'at_exit', 'start_ranks']
 
 # %% ../../nbs/31_ddp.ranks.ipynb #8e0714c5
 import atexit, ctypes, faulthandler, json, math, os, pickle, signal, socket, subprocess, sys, threading, time
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import signals
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
     from minigpt_wb.run import Run
 
@@ -165,8 +166,9 @@ def leave_with(parent: int) -> None:
     while os.getppid() == parent: time.sleep(0.5)
     os._exit(1)
 
-def rank_main(parent: int, rank: int, log: str, env: dict[str, str], payload: bytes, echo: bool) -> None:
-    "The whole life of a rank: process `parent` started it; `payload` is a pickled (function, arguments)"
+def rank_main(parent: int, rank: int, log: str, env: dict[str, str], payload: bytes, echo: bool,
+              mouth: "Connection") -> None:
+    "The whole life of a rank of process `parent`; `payload` is a pickled (function, arguments)"
     die_with(parent)
     os.environ.clear()
     os.environ.update(env)  # libraries read theirs when they are loaded
@@ -181,23 +183,21 @@ def rank_main(parent: int, rank: int, log: str, env: dict[str, str], payload: by
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
         if isinstance(e.code, str): print(e.code, file=sys.stderr)
     except Exception as error:
-        try: write_error(error, rank, Path(log).with_suffix(".err"))
+        try: say_error(error, mouth)
         finally: os._exit(1)  # at once: nothing may wait for ranks that wait for this one
     threading._shutdown()    # the threads that are not daemons,
     atexit._run_exitfuncs()  # what was registered,
     sys.stdout.flush()
     os._exit(code)           # but not torch's own end, which now and then aborts a rank that is done
 
-def write_error(error: BaseException, rank: int, path: Path) -> None:
-    "Leave the traceback in the rank's log and, for the supervisor, in `path`"
+def say_error(error: BaseException, mouth: "Connection") -> None:
+    "Leave the traceback in the rank's log and, through a pipe, with the supervisor: the disk may be full"
     when = time.time()
     import traceback
     error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next  # less rank_main itself
-    text = "".join(traceback.format_exception(error))
-    print(text, file=sys.stderr)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"time": when, "rank": rank, "text": text.rstrip()}))
-    part.replace(path)
+    text = "".join(traceback.format_exception(error)).rstrip()
+    with suppress(OSError): print(text, file=sys.stderr)
+    mouth.send_bytes(json.dumps([when, text[-10_000:]]).encode())  # no more than a pipe takes at once
 
 # %% ../../nbs/31_ddp.ranks.ipynb #198c18c3
 echo_fd: int | None = None  # the launcher's stdout, in a rank started with echo
@@ -228,6 +228,8 @@ class Supervisor:
         self.run, self.payload, self.devices, self.echo = run, payload, devices, echo
         self.world_size = devices if isinstance(devices, int) else len(devices)
         self.processes: list[BaseProcess] = []
+        self.ears: list[Connection] = []      # a pipe from each rank
+        self.told: dict[int, tuple[float, str]] = {}  # rank -> when and why it failed, as it said itself
         self.error: str | None = None         # why it failed
         self.failed_rank: int | None = None   # which rank did, when one did
         self.problem: BaseException | None = None
@@ -282,13 +284,15 @@ def start(self: Supervisor, rank: int, port: int) -> "BaseProcess":
     "One rank, on its way"
     import torch.multiprocessing
     log = self.run.log_path(rank)
-    log.with_suffix(".err").unlink(missing_ok=True)  # of an earlier start in the same directory
     log.touch()  # here, where a missing folder is an error of the start
     env = rank_environment(rank, self.devices, port)
-    args = os.getpid(), rank, os.path.abspath(log), env, self.payload, self.echo
-    process = torch.multiprocessing.get_context("spawn").Process(
-        target=rank_main, args=args, name=f"rank {rank}", daemon=False)  # a daemon could have no data workers
-    with without_main(): process.start()
+    context = torch.multiprocessing.get_context("spawn")
+    ear, mouth = context.Pipe(duplex=False)
+    args = os.getpid(), rank, os.path.abspath(log), env, self.payload, self.echo, mouth
+    process = context.Process(target=rank_main, args=args, name=f"rank {rank}",
+                              daemon=False)  # a daemon could have no data workers
+    with mouth, without_main(): process.start()
+    self.ears.append(ear)
     return process
 
 def start_all(self: Supervisor) -> None:
@@ -308,14 +312,19 @@ def failures(self: Supervisor, last_look: float) -> list[tuple[float, int, str]]
     "(when, rank, why) of every rank that has failed"
     found = []
     for rank, p in enumerate(self.processes):
-        code, path = p.exitcode, self.run.log_path(rank).with_suffix(".err")
-        try: said = json.loads(path.read_text())
-        except (OSError, ValueError): said = None
-        if said: found.append((said["time"], rank, said["text"]))
+        code = p.exitcode  # first, so that what it said before is there
+        if said := self.hear(rank): found.append((said[0], rank, said[1]))
         elif code:
             when = time.time() if code == -signal.SIGABRT else last_look
             found.append((when, rank, self.ending(rank, code)))
     return found
+
+def hear(self: Supervisor, rank: int) -> tuple[float, str] | None:
+    "When and why a rank failed, if it said so"
+    with suppress(EOFError, OSError):  # it is gone
+        if rank not in self.told and self.ears[rank].poll():
+            self.told[rank] = tuple(json.loads(self.ears[rank].recv_bytes()))
+    return self.told.get(rank)
 
 def ending(self: Supervisor, rank: int, code: int) -> str:
     "What to say of a rank that ended without a word"
@@ -324,7 +333,7 @@ def ending(self: Supervisor, rank: int, code: int) -> str:
     if code == -signal.SIGKILL: hint = "; nobody said why, often the machine was out of memory"
     return f"rank {rank} was killed by {signal.Signals(-code).name}{hint}"
 
-Supervisor.failures, Supervisor.ending = failures, ending
+Supervisor.failures, Supervisor.hear, Supervisor.ending = failures, hear, ending
 
 # %% ../../nbs/31_ddp.ranks.ipynb #2700dda6
 def end_all(self: Supervisor) -> None:
@@ -351,6 +360,7 @@ def supervise(self: Supervisor) -> None:
     finally:
         atexit.unregister(self.at_exit)
         self.run.release()
+        for ear in self.ears: ear.close()
         self.over.set()
 
 def watch(self: Supervisor) -> None:
