@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'MODEL', 'OPTIM', 'STATE', 'MANIFEST', 'TOKENIZER', 'ASIDE', 'PIECE', 'DTYPES', 'fsync', 'sha256',
-           'regular_files', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json', 'write_files',
-           'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish', 'free_bytes',
-           'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints', 'list_checkpoints',
-           'save_checkpoint', 'hint', 'find_checkpoint', 'pick', 'candidates', 'steps_of', 'first_intact', 'prune',
-           'load_model']
+           'regular_files', 'small_text', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json',
+           'write_files', 'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish',
+           'free_bytes', 'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints',
+           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'pick', 'candidates', 'steps_of',
+           'first_intact', 'prune', 'load_model']
 
 # %% ../../nbs/42_training.checkpoints.ipynb #d3413d63
 import contextlib, errno, fcntl, hashlib, json, math, os, re, secrets, shutil, stat
@@ -56,6 +56,13 @@ def regular_files(folder: Path) -> dict[str, int]:
             found |= {f"{entry.name}/{n}": size for n, size in regular_files(Path(entry.path)).items()}
         else: raise ValueError(f"{entry.name} is a link or a device, not a file")
     return found
+
+def small_text(path: Path) -> str:
+    "Text of a file; ValueError for what is too large to be ours, and for a pipe, which would never end"
+    info = path.stat(follow_symlinks=False)
+    if not stat.S_ISREG(info.st_mode): raise ValueError(f"{path.name} is a link or a device, not a file")
+    if info.st_size > 2**26: raise ValueError(f"{path.name} is too large to be one")
+    return path.read_text(encoding="utf-8")
 
 def self_hash(manifest: dict) -> str:
     "sha256 of a manifest's JSON without its own hash"
@@ -143,6 +150,8 @@ def sweep(store: Path) -> None:
         if not (target := path.with_name(path.name.removeprefix(".old-"))).exists(): path.rename(target)
     for pattern in (".tmp-*", ".del-*", ".old-*"):
         for path in store.glob(pattern): shutil.rmtree(path, ignore_errors=True)
+    for path in [*store.glob(".latest.*.part"), *store.glob(".best.*.part")]:
+        with contextlib.suppress(OSError): path.unlink()
 
 def remove(path: Path) -> None:
     "Delete a step so that nobody sees half of it: renamed first"
@@ -218,7 +227,7 @@ class Checkpoint:
     @cached_property
     def state(self) -> dict[str, Any]:
         "state.json; empty when it cannot be read, of which `verify` says why"
-        try: state = from_json((self.path / STATE).read_text())
+        try: state = from_json(small_text(self.path / STATE))
         except (OSError, ValueError): state = {}
         return state if isinstance(state, dict) else {}
 
@@ -273,8 +282,7 @@ class Checkpoint:
 # %% ../../nbs/42_training.checkpoints.ipynb #aaab73f3
 def read_manifest(folder: Path) -> tuple[int, dict[str, tuple[int, str]], str]:
     "Step, (bytes, sha256) of each file, own hash, by MANIFEST.json; raises ValueError when that was changed"
-    if (folder / MANIFEST).stat().st_size > 2**24: raise ValueError(f"{MANIFEST} is too large to be one")
-    manifest = from_json((folder / MANIFEST).read_text())
+    manifest = from_json(small_text(folder / MANIFEST))
     if not isinstance(manifest, dict) or manifest.get("sha256") != self_hash(manifest):
         raise ValueError(f"{MANIFEST} was changed: its own hash is another")
     if manifest.get("format") != FORMAT:
@@ -320,7 +328,7 @@ class Checkpoints(list):
     @property
     def best(self) -> Checkpoint | None:
         "The one with the lowest validation loss, None when none was evaluated"
-        try: named = step_of(Path((self.store / "best").read_text(errors="replace")[:64].strip()))
+        try: named = step_of(Path(small_text(self.store / "best").strip()))
         except (OSError, ValueError): named = None
         measured = [c for c in self if val_loss(c.state) < math.inf]
         lowest = min(measured, key=lambda c: val_loss(c.state), default=None)
@@ -352,7 +360,9 @@ def hint(store: Path, snapshot: Snapshot, best: bool | None) -> None:
         others = (val_loss(c.state) for c in list_checkpoints(store) if c.step != snapshot.step)
         if best is None: best = val_loss(snapshot.state) < min(others, default=math.inf)
         for name in ["latest"] + ["best"] * best:
-            write_atomically(store / name, step_name(snapshot.step) + "\n")
+            with contextlib.suppress(OSError): write_atomically(store / name, step_name(snapshot.step) + "\n")
+
+
 
 # %% ../../nbs/42_training.checkpoints.ipynb #5cbd11df
 def find_checkpoint(ref: Run | str | Path, runs_dir: str | Path | None = None) -> Checkpoint:

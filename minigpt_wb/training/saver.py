@@ -115,6 +115,7 @@ def write(self: Saver, snapshot: Snapshot, began: float, copied: float) -> None:
     hint(path.parent, snapshot, None)
     stall_s = (copied if self.buffers else now) - began
     self.done.append(Saved(path, snapshot.step, snapshot.state.get("samples"), Checkpoint(path).bytes, stall_s, now - began))
-    prune(self.run, *self.keep)
+    try: prune(self.run, *self.keep)
+    except OSError as e: note(f"{path.name} is saved, but older checkpoints could not be deleted ({e})")
 
 Saver.start, Saver.write = start, write
