@@ -380,6 +380,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     import yaml
     path = Path(str(path))
     if not path.is_file(): raise ValueError(f"config file {path} does not exist: give a .yaml or .json file")
+    if path.stat().st_size > 2**20: raise ValueError(f"config file {path} is too large to be one")
     kind = "JSON" if path.suffix == ".json" else "YAML"
     try:
         text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark

@@ -116,7 +116,7 @@ class TokenCache:
                 written = file["offset"] + file["tokens"] * np.dtype(file["dtype"]).itemsize
                 if size < written:
                     raise ValueError(f"{file['file']} has {size} bytes, {written} were written")
-        except (OSError, ValueError, LookupError, TypeError) as e:
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as e:
             raise ValueError(f"{path} is not a whole token cache ({type(e).__name__}: {e}): "
                              "delete it and prepare again") from None
         return cls(path, meta)
