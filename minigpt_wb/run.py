@@ -300,11 +300,12 @@ class Run(Status, Records):
         if patch := code_patch([Path.cwd(), Path(sys.modules[RunConfig.__module__].__file__).parent]):
             (self.path / f"code{mark}.patch").write_bytes(patch)
         for beat in self.path.glob("heartbeat/rank*"): beat.unlink()
-        self.set_status(state="preparing", pid=os.getpid(), host=socket.gethostname(), world_size=None, step=step,
-                        started=time.time(), heard=size(self.path / "control.jsonl"), logged=size(self.log_path(0)))
+        self.set_status(state="preparing", pid=os.getpid(), host=socket.gethostname(), world_size=None,
+                        step=step, started=time.time(), heard=size(self.path / "control.jsonl"),
+                        logged=size(self.log_path(0)))
 
     def hold(self) -> IO[str]:
-        "The right to train this run, until the result is closed or this process dies; ValueError says who has it"
+        "The right to train this run, until the result is closed or this process dies; ValueError: who has it"
         held = open(self.path / ".train.lock", "a+")
         try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:  # held, or a file system that cannot lock, where the status has to do
@@ -312,8 +313,8 @@ class Run(Status, Records):
                 held.seek(0)
                 who = held.read(200).strip() or "another process"
                 held.close()
-                raise ValueError(f"run {self.name} is being trained by {who}: `minigpt stop {self.name}` ends it, "
-                                 "--fork starts a run of its own from its checkpoint") from None
+                raise ValueError(f"run {self.name} is being trained by {who}: `minigpt stop {self.name}` "
+                                 "ends it, --fork starts a run of its own from its checkpoint") from None
         held.truncate(0); held.write(f"process {os.getpid()} on {socket.gethostname()}"); held.flush()
         return held
 

@@ -23,7 +23,7 @@ class Interrupted(KeyboardInterrupt):
     "A signal asked for the end while there was nothing to save yet"
 
 def look() -> None:
-    "Raise `Interrupted` when a signal has asked for the end: for work before the first step, which can begin again"
+    "Raise `Interrupted` when a signal has asked for the end: before the first step, work can begin again"
     if first: raise Interrupted(first)
 
 def raise_flag(number: int, frame: FrameType | None = None) -> None:

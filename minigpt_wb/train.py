@@ -28,17 +28,17 @@ from .ddp.process import Process, broadcast_object, first_says, group, identity
 from .ddp.ranks import parse_gpus, pick, say, start_ranks
 from .training.metrics import write_line
 from .training.resume import Start, resumed_config
-from .training.entry import (check_name, check_start, file_over, find, from_command, given, open_run,
-                                       ready)
+from .training.entry import given  # noqa: F401 - for notebooks
+from .training.entry import check_name, check_start, file_over, find, from_command, open_run, ready
 import minigpt_wb.training.listing  # noqa: F401 - how checkpoints show themselves
 from .training.trainer import fit, make_trainer, train
 
 # %% ../nbs/71_train.ipynb #ea3778f6
 def launch(cfg: RunConfig | None = None, gpus: Any = None, *, preset: str | None = None,
            config: str | Path | None = None, runs_dir: str | Path | None = None, run_name: str | None = None,
-           resume: Any = None, fork: bool = False, accept_changed_data: bool = False, reset_optimizer: bool = False,
-           model_fn: Callable | None = None, objective: Callable | None = None, echo: bool = False,
-           progress: bool = True, **settings: Any) -> Run:
+           resume: Any = None, fork: bool = False, accept_changed_data: bool = False,
+           reset_optimizer: bool = False, model_fn: Callable | None = None, objective: Callable | None = None,
+           echo: bool = False, progress: bool = True, **settings: Any) -> Run:
     # `cfg`, or `preset` and `config` (a file); `settings` are laid over them
     # `gpus`: a count, a list, `auto`; without CUDA it counts CPU processes
     # `resume`: a run, RUN@500, a folder or `latest`, to go on from; `fork`: as a new run
@@ -51,7 +51,8 @@ def launch(cfg: RunConfig | None = None, gpus: Any = None, *, preset: str | None
     check_name(runs_dir, run_name)
     cfg, cache = ready(cfg, progress)
     world_size = devices if isinstance(devices, int) else len(devices)
-    if not check_start(start, cfg, cache, world_size, model_fn=model_fn, objective=objective): return start.run
+    if not check_start(start, cfg, cache, world_size, model_fn=model_fn, objective=objective):
+        return start.run
     run = open_run(cfg, start, runs_dir, run_name, entry["preset"])
     args = cfg, run, cache, model_fn, objective, start
     try: run.supervisor = start_ranks(rank, args, devices, run, echo=echo)
@@ -61,7 +62,8 @@ def launch(cfg: RunConfig | None = None, gpus: Any = None, *, preset: str | None
         raise
     return run
 
-def settled(entry: dict[str, Any], cfg: RunConfig | None, settings: dict[str, Any]) -> tuple[Start | None, RunConfig]:
+def settled(entry: dict[str, Any], cfg: RunConfig | None,
+            settings: dict[str, Any]) -> tuple[Start | None, RunConfig]:
     "The checkpoint to go on from, if any, and the config, of what `launch` was given"
     if entry["resume"] is None:
         if not cfg: return None, resolve(entry["preset"], entry["config"], **settings)

@@ -34,7 +34,8 @@ def train(folder: Path, name: str, **settings) -> Run:
     return Run(folder / name)
 
 
-def resume(folder: Path, *words: object) -> int: return main(["--resume", *map(str, words), "--runs-dir", str(folder)])
+def resume(folder: Path, *words: object) -> int:
+    return main(["--resume", *map(str, words), "--runs-dir", str(folder)])
 
 
 def losses(run: Run) -> dict[int, float]: return {row["step"]: row["loss"] for row in run.rows("train")}
@@ -94,7 +95,8 @@ def test_another_batch_keeps_the_global_batch(tmp_path):
     before = losses(straight)
     assert resume(tmp_path, "a@4", "--batch-size", 3) == 0
     assert close(before, losses(straight)) and samples_read(straight) == 48
-    assert "2 micro-batches of up to 3 over 1 rank, the accumulation follows" in certificate(straight).verdicts["steps"]
+    said = certificate(straight).verdicts["steps"]
+    assert "2 micro-batches of up to 3 over 1 rank, the accumulation follows" in said
     assert resume(tmp_path, "a@4", "--grad-accum-steps", 2, "--fork", "--run-name", "b") == 0
     assert Run(tmp_path / "b").config["global_batch_size"] == 4
 
@@ -116,16 +118,16 @@ def test_torchrun_resumes_what_one_process_began(shell, tmp_path):
 def test_killed_run_resumes_from_the_notebook(shell, tmp_path):
     "kill -9 of everything, then one parameter"
     words = flags(**SAME | dict(max_steps=10**6, save_every=5))
-    program = subprocess.Popen([BIN / "minigpt", "train", "--gpus", "2", *words], cwd=tmp_path, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    program = subprocess.Popen([BIN / "minigpt", "train", "--gpus", "2", *words], cwd=tmp_path,
+                               start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     run = until(lambda: next((r for r in list_runs(tmp_path / "runs") if r.rows("save")), None))
     os.killpg(program.pid, signal.SIGKILL)
     program.wait()
     until(lambda: not any(alive(b["pid"]) for b in run.heartbeats().values()), 5)
     acknowledged = max(row["step"] for row in run.rows("save"))
     steps = find_checkpoint(run).step + 3
-    done = shell("papermill", ROOT / "nbs/train.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs",
-                 "-p", "resume", "latest", "-p", "max_steps", str(steps))
+    done = shell("papermill", ROOT / "nbs/train.ipynb", tmp_path / "out.ipynb",
+                 "-p", "runs_dir", tmp_path / "runs", "-p", "resume", "latest", "-p", "max_steps", str(steps))
     assert done.returncode == 0, done.stderr[-3000:]
     assert run.state == "finished" and run.status["step"] == steps and resumed_at(run)[0] >= acknowledged
     assert samples_read(run) == steps * run.config["global_batch_size"]
@@ -151,7 +153,8 @@ def test_a_fork_leaves_its_parent_as_it_is(tmp_path):
     assert files(parent.path) == before
     fork = Run(tmp_path / "b")
     assert fork.status["parent"] == {"run": "a", "step": 3} and sorted(losses(fork)) == [4, 5, 6]
-    assert samples_read(fork, first=6) == 6 and certificate(fork).verdicts["weights"].startswith("CHANGE by request: learning_rate")
+    assert samples_read(fork, first=6) == 6
+    assert certificate(fork).verdicts["weights"].startswith("CHANGE by request: learning_rate")
     [event] = find_checkpoint(fork).state["lineage"]
     assert (event["kind"], event["run"], event["step"]) == ("fork", "a", 3)
 
@@ -171,9 +174,10 @@ def test_longer_and_other_length(tmp_path):
 
 def start(folder: Path, *words) -> tuple[subprocess.Popen, Run]:
     "A program that trains, once it does"
-    program = subprocess.Popen([str(w) for w in words], cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                               text=True, start_new_session=True)
-    return program, until(lambda: next((r for r in list_runs(folder / "runs") if len(r.rows("train")) > 2), None))
+    program = subprocess.Popen([str(w) for w in words], cwd=folder, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)
+    trains = lambda: next((r for r in list_runs(folder / "runs") if len(r.rows("train")) > 2), None)
+    return program, until(trains)
 
 
 LONG = SAME | dict(max_steps=10**6)
@@ -187,7 +191,8 @@ def build(cfg):
     return GPT(cfg)
 '''
 
-@pytest.mark.parametrize("number, more", [(signal.SIGTERM, []), (signal.SIGUSR1, ["--model-fn", "busy:build"])],
+@pytest.mark.parametrize("number, more",
+                         [(signal.SIGTERM, []), (signal.SIGUSR1, ["--model-fn", "busy:build"])],
                          ids=["SIGTERM", "SIGUSR1 with reading threads"])
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, number, more):
     (tmp_path / "busy.py").write_text(BUSY)
@@ -196,7 +201,8 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path, number, more):
     begun = time.monotonic()
     assert program.wait(30) == 0 and time.monotonic() - begun < 10, program.stderr.read()
     assert run.state == "stopped" and find_checkpoint(run).step == run.status["step"]
-    at = [int(re.findall(r"stopped \(signal\) at step (\d+)", run.log_path(r).read_text())[0]) for r in (0, 1)]
+    last = r"stopped \(signal\) at step (\d+)"
+    at = [int(re.findall(last, run.log_path(rank).read_text())[0]) for rank in (0, 1)]
     assert at == [run.status["step"]] * 2 and samples_read(run) == at[0] * 4
 
 
@@ -217,8 +223,9 @@ def test_a_signal_in_an_evaluation(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"sentence number {i}, which nobody reads twice.\n" for i in range(40000)))
     more = dict(data=text, val_fraction=0.5, eval_every=1, max_steps=10**6)
-    program = subprocess.Popen([BIN / "minigpt", "train", "--gpus", "2", *flags(**SAME | more)], cwd=tmp_path,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    program = subprocess.Popen([BIN / "minigpt", "train", "--gpus", "2", *flags(**SAME | more)],
+                               cwd=tmp_path, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     run = until(lambda: next((r for r in list_runs(tmp_path / "runs")
                               if r.heartbeats().get(1, {}).get("phase") == "eval"), None))
     os.killpg(program.pid, signal.SIGTERM)
@@ -245,7 +252,8 @@ def test_a_failed_write_is_raised_at_the_next_step(tmp_path):
     "Files of at most 20 kB: the first checkpoint cannot be written, and the run says so"
     program = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); " \
               f"from minigpt_wb.train import main; sys.exit(main({flags(**LONG | dict(save_every=3))!r}))"
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True,
+                          timeout=100)
     [run] = list_runs(tmp_path / "runs")
     assert done.returncode == 1 and "step 3 could not be saved" in run.error and "bytes are free" in run.error
     assert not list_checkpoints(run) and not list(run.checkpoints_dir.glob(".tmp*"))
@@ -256,17 +264,19 @@ def test_steps_kept_for_good(tmp_path):
     run = train(tmp_path, "a", **SAME | dict(max_steps=13, save_every=1, keep_last=2, keep_every=5))
     assert [c.step for c in list_checkpoints(run)] == [5, 10, 12, 13]
     row = run.rows("save")[0]
-    assert row["bytes"] > 10_000 and 0 <= row["stall_s"] <= row["write_s"] and row["path"] == "step_0000000001"
+    assert row["bytes"] > 10_000 and row["path"] == "step_0000000001"
+    assert 0 <= row["stall_s"] <= row["write_s"]
 
 
 def test_two_trainers(tmp_path, capfd):
-    program, run = start(tmp_path, BIN / "minigpt", "train", *flags(**LONG | dict(save_every=10, keep_last=1000)))
+    settings = flags(**LONG | dict(save_every=10, keep_last=1000))
+    program, run = start(tmp_path, BIN / "minigpt", "train", *settings)
     until(lambda: run.rows("save"))
     assert main(["--resume", str(run.path)]) == 2
     assert f"is being trained by process {program.pid} on {os.uname().nodename}" in capfd.readouterr().err
     with pytest.raises(ValueError, match="is being trained by process"): launch(resume=run.path)
-    assert main(["--resume", str(run.path), "--fork", "--run-name", "b", "--runs-dir", str(tmp_path), "--max-steps",
-                 str(find_checkpoint(run).step + 1)]) == 0
+    steps = find_checkpoint(run).step + 1
+    assert resume(tmp_path, run.path, "--fork", "--run-name", "b", "--max-steps", steps) == 0
     program.send_signal(signal.SIGTERM)
     assert program.wait(30) == 75 and run.state == "stopped"
 
@@ -281,7 +291,8 @@ def test_a_changed_text_stops_unless_it_is_accepted(tmp_path, capfd):
     text.write_text("seven six five four three two one. " * 120)
     assert resume(tmp_path / "runs", "a", "--max-steps", 8) == 2
     said = capfd.readouterr().err
-    assert "the data of a@4 has changed (text)" in said and "accept_changed_data" in said and run.state == "finished"
+    assert "the data of a@4 has changed (text)" in said and "accept_changed_data" in said
+    assert run.state == "finished"
     assert resume(tmp_path / "runs", "a", "--max-steps", 8, "--accept-changed-data") == 0
     assert run.status["step"] == 8 and find_checkpoint(run).config["vocab_size"] == ids
     assert "CHANGES (data)" in certificate(run).verdicts["samples"]
@@ -331,7 +342,8 @@ def test_bad_input(says, stored, capfd, monkeypatch):
     assert files(stored) == before
 
 
-@pytest.mark.parametrize("more", [[], ["--max-steps", "6"], ["--max-steps", "2"], ["--fork", "--run-name", "c"]])
+@pytest.mark.parametrize("more", [[], ["--max-steps", "6"], ["--max-steps", "2"],
+                                  ["--fork", "--run-name", "c"]])
 def test_nothing_left_to_train(more, stored, capfd):
     assert resume(stored, "a", *more) == 0
     assert "nothing is left to train" in capfd.readouterr().err and not (stored / "c").exists()
@@ -358,8 +370,10 @@ def test_a_damaged_newest_is_passed_over(tmp_path, capfd):
     before = losses(run)
     assert resume(tmp_path, "a") == 0
     said = capfd.readouterr()
-    assert "instead of step_0000000006 (model.safetensors was changed" in said.err and "were put aside: 6" in said.out
-    assert losses(run) == before and [c.step for c in list_checkpoints(run)] == [2, 4, 6] and samples_read(run) == 12
+    assert "instead of step_0000000006 (model.safetensors was changed" in said.err
+    assert "were put aside: 6" in said.out
+    assert losses(run) == before and samples_read(run) == 12
+    assert [c.step for c in list_checkpoints(run)] == [2, 4, 6]
 
 
 # --- from other systems, and the story
@@ -372,7 +386,8 @@ def test_what_another_system_saved_goes_on(tmp_path, capfd):
     words = ["--runs-dir", str(tmp_path)]
     assert cli(["checkpoints", "export", "a", "--layout", "nanogpt", "--output", str(out), *words]) == 0
     assert capfd.readouterr().out.splitlines()[-1] == str(out / "ckpt.pt")
-    assert cli(["checkpoints", "import", str(out / "ckpt.pt"), "--tokenizer", "bytes", "--data", "toy", "--run-name", "b", *words]) == 0
+    assert cli(["checkpoints", "import", str(out / "ckpt.pt"), "--tokenizer", "bytes", "--data", "toy",
+                "--run-name", "b", *words]) == 0
     said = capfd.readouterr()
     assert said.out.splitlines() == [str(tmp_path / "b")] and "both begin anew" in said.err
     assert resume(tmp_path, "b", *flags(max_steps=8, batch_size=2, log_every=1, ledger=True)) == 0
@@ -386,16 +401,20 @@ def test_what_another_system_saved_goes_on(tmp_path, capfd):
 
 
 def test_verify_resume_in_a_shell(shell):
-    words = flags(**{k: v for k, v in (TINY | dict(dropout=0.1)).items() if k not in ("eval_every", "save_every")})
-    done = shell("minigpt", "checkpoints", "verify-resume", "--worlds", "1", "--steps", "4", *words)
+    settings = {k: v for k, v in TINY.items() if k not in ("eval_every", "save_every")}
+    done = shell("minigpt", "checkpoints", "verify-resume", "--worlds", "1", "--steps", "4",
+                 *flags(**settings | dict(dropout=0.1)))
     assert done.returncode == 0, done.stderr[-2000:]
     header, row = done.stdout.splitlines()
-    assert row.startswith("1 to 1 ranks, killed by SIGKILL") and row.endswith("passed") and row.count("equal to the last bit") == 2
+    assert row.startswith("1 to 1 ranks, killed by SIGKILL") and row.endswith("passed")
+    assert row.count("equal to the last bit") == 2
 
 
 def test_the_story(shell, tmp_path):
     "nbs/checkpoints.ipynb from beginning to end"
-    done = shell("papermill", ROOT / "nbs/checkpoints.ipynb", tmp_path / "out.ipynb", "-p", "runs_dir", tmp_path / "runs")
+    done = shell("papermill", ROOT / "nbs/checkpoints.ipynb", tmp_path / "out.ipynb",
+                 "-p", "runs_dir", tmp_path / "runs")
     assert done.returncode == 0, done.stderr[-3000:]
     assert {r.name for r in list_runs(tmp_path / "runs")} == {"story", "hotter", "came-back"}
-    assert "passed" in (tmp_path / "out.ipynb").read_text() and samples_read(Run(tmp_path / "runs/story")) == 72
+    assert "passed" in (tmp_path / "out.ipynb").read_text()
+    assert samples_read(Run(tmp_path / "runs/story")) == 72

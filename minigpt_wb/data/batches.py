@@ -96,7 +96,8 @@ class EvalWindows:
 
     def wanted(self, max_tokens: int | None = None) -> int:
         "How many windows hold at least `max_tokens`, or all that there are"
-        return self.n_windows if max_tokens is None else min(self.n_windows, max(1, -(-max_tokens // self.context_length)))
+        if max_tokens is None: return self.n_windows
+        return min(self.n_windows, max(1, -(-max_tokens // self.context_length)))
 
     def most(self, world_size: int = 1, max_tokens: int | None = None) -> int:
         "The most micro-batches that any rank's share has"

@@ -341,7 +341,8 @@ def end_all(self: Supervisor) -> None:
     for p in self.processes: p.terminate()
     began = time.monotonic()
     def waited() -> float: return time.monotonic() - began
-    while None in self.exitcodes and (waited() < GRACE_S or waited() < SAVE_S and self.saving()): time.sleep(0.02)
+    while None in self.exitcodes and (waited() < GRACE_S or waited() < SAVE_S and self.saving()):
+        time.sleep(0.02)
     for p in self.processes: p.kill()
     for p in self.processes: p.join()
 
@@ -387,7 +388,8 @@ def at_exit(self: Supervisor) -> None:
     "When the launcher ends: no rank outlives it"
     self.kill("the launcher ended while its ranks were running: wait for a run with run.wait()")
 
-Supervisor.end_all, Supervisor.saving, Supervisor.supervise, Supervisor.watch = end_all, saving, supervise, watch
+Supervisor.end_all, Supervisor.saving = end_all, saving
+Supervisor.supervise, Supervisor.watch = supervise, watch
 Supervisor.write_outcome, Supervisor.at_exit = write_outcome, at_exit
 
 # %% ../../nbs/31_ddp.ranks.ipynb #079608fe

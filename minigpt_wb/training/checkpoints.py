@@ -87,8 +87,9 @@ def write_hashed(path: Path, parts: Iterable[bytes | memoryview]) -> dict[str, A
 
 DTYPES = {getattr(torch, name): code for name, code in {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64",
-    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL", "uint8": "U8", "uint16": "U16",
-    "uint32": "U32", "uint64": "U64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}.items()}
+    "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "bool": "BOOL",
+    "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8",
+    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2"}.items()}
 
 def raw_bytes(t: torch.Tensor) -> memoryview:
     "The bytes of a tensor; not a copy where it lies in order in the memory of the CPU"
@@ -99,9 +100,10 @@ def safetensors_parts(tensors: Tensors) -> Iterator[bytes | memoryview]:
     "A .safetensors file in parts: its header, then each tensor, those of wide numbers first"
     names, header, end = sorted(tensors, key=lambda n: (-tensors[n].element_size(), n)), {}, 0
     for n in names:
-        if (dtype := tensors[n].dtype) not in DTYPES: raise ValueError(f"{n} is {dtype}, which no file can hold")
-        start, end = end, end + tensors[n].nbytes
-        header[n] = {"dtype": DTYPES[dtype], "shape": list(tensors[n].shape), "data_offsets": [start, end]}
+        t = tensors[n]
+        if t.dtype not in DTYPES: raise ValueError(f"{n} is {t.dtype}, which no file can hold")
+        start, end = end, end + t.nbytes
+        header[n] = {"dtype": DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -178,8 +180,8 @@ def publish(run: Run | Path, snapshot: Snapshot, tokenizer_dir: str | Path | Non
             shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         message = (f"step {snapshot.step} could not be saved ({e}): it needs {snapshot.bytes:,} bytes, "
-                   f"{free_bytes(store):,} bytes are free. Older checkpoints are as they were: free some space, "
-                   "or save less often")
+                   f"{free_bytes(store):,} bytes are free. Older checkpoints are as they were: "
+                   "free some space, or save less often")
         raise CheckpointError(getattr(e, "errno", None) or errno.EIO, message, str(store)) from e
     finally: shutil.rmtree(staging, ignore_errors=True)
     return final

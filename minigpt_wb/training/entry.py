@@ -73,6 +73,7 @@ HELP = "\n".join(["Train a GPT. Besides the settings below:", "",
                   "  --debug                 the same as --preset debug",
                   "  --print-config          write the settings as YAML, and do nothing"])
 
+# %% ../../nbs/69_training.entry.ipynb #0e0c2f8e
 def from_command(argv: list[str], prog: str = "minigpt train", description: str = HELP,
                  ask: Callable[[Callable], Any] = lambda find: find()) -> tuple[dict[str, Any], RunConfig]:
     # `ask`: how the checkpoint to go on from is found; with many ranks one looks and all take its answer
@@ -82,8 +83,10 @@ def from_command(argv: list[str], prog: str = "minigpt train", description: str 
     entry = arguments(entry) | {k: v for k, v in entry.items() if k == "config"}
     if entry.get("resume") is not None:
         start = entry["resume"] = ask(lambda: find(entry))
-        return arguments(entry), resumed_config(start, from_flags(flags, file_over(start, entry), prog, description))
-    return arguments(entry), from_flags(flags, resolve(entry["preset"], entry.get("config")), prog, description)
+        asked = from_flags(flags, file_over(start, entry), prog, description)
+        return arguments(entry), resumed_config(start, asked)
+    base = resolve(entry["preset"], entry.get("config"))
+    return arguments(entry), from_flags(flags, base, prog, description)
 
 def arguments(entry: dict[str, Any]) -> dict[str, Any]:
     "The arguments that `launch` takes beside a config, those that the config file names included"
@@ -97,9 +100,12 @@ def arguments(entry: dict[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/69_training.entry.ipynb #77dc9320
 def find(entry: dict[str, Any]) -> Start:
     "The checkpoint that the arguments name, verified; ValueError for arguments that do not go with it"
-    if entry.get("preset"): raise ValueError(f"preset={entry['preset']!r} with resume: the settings are those of the checkpoint, give single ones to change them")
+    if entry.get("preset"):
+        raise ValueError(f"preset={entry['preset']!r} with resume: the settings are those of the checkpoint, "
+                         "give single ones to change them")
     if entry.get("run_name") and not entry.get("fork"):
-        raise ValueError(f"run_name={entry['run_name']!r} with resume: the run has a name; give fork as well for a new run")
+        raise ValueError(f"run_name={entry['run_name']!r} with resume: the run has a name; "
+                         "give fork as well for a new run")
     how = {n: bool(entry.get(n)) for n in ("fork", "accept_changed_data", "reset_optimizer")}
     return find_start(entry["resume"], entry.get("runs_dir"), **how)
 
@@ -147,13 +153,17 @@ def link_notebook(run: Run) -> None:
         (run.path / "train.ipynb").unlink(missing_ok=True)  # of an earlier start
         (run.path / "train.ipynb").symlink_to(os.path.relpath(written, run.path))
 
-def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_size: int, **functions: Any) -> bool:
+# %% ../../nbs/69_training.entry.ipynb #0465ddbe
+def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_size: int,
+                **functions: Any) -> bool:
     # `functions`: `model_fn` and `objective`, as they were given
     "Whether there is anything left to train; ValueError when the text has changed, or a function is missing"
     if not start: return True
     state = start.checkpoint.state
     for name in state.get("by_value") or ():
-        if not functions.get(name): raise ValueError(f"{name} of {where(start)} was a function of a notebook: give {name} to launch again")
+        if not functions.get(name):
+            raise ValueError(f"{name} of {where(start)} was a function of a notebook: "
+                             f"give {name} to launch again")
     check_optimizer(start, cfg)
     check_data(start, cache)
     cfg = cfg.override(global_batch_size=global_batch(cfg.training, world_size))
@@ -162,10 +172,9 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     left = length.steps > start.checkpoint.step and length.samples > (state.get("samples") or 0)
     same = (state.get("length") or {}).get("steps") == length.steps
     if left or (same and not state.get("final")): return True  # it was killed in its last evaluation
-    tell(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. Give more max_steps, "
-         "epochs or train_tokens to go on")
+    tell(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. "
+         "Give more max_steps, epochs or train_tokens to go on")
     return False
-
 
 def check_optimizer(start: Start, cfg: RunConfig) -> None:
     "ValueError when the moments of the checkpoint cannot be carried into the optimiser of `cfg`"
@@ -173,4 +182,5 @@ def check_optimizer(start: Start, cfg: RunConfig) -> None:
     wanted = {"adamw": "AdamW", "sgd": "SGD"}[cfg.optim.optimizer]
     if start.reset_optimizer or saved == wanted: return
     holds = f"moments of {saved}" if saved else "no moments"
-    raise ValueError(f"{where(start)} holds {holds}, which {wanted} cannot go on from: give reset_optimizer to start it anew")
+    raise ValueError(f"{where(start)} holds {holds}, which {wanted} cannot go on from: "
+                     "give reset_optimizer to start it anew")

@@ -49,6 +49,7 @@ def samples_read(run: Run, steps: int | None = None, first: int = 0) -> int:
     "How many samples were read, each exactly once from `first` on; ValueError names a gap or what came twice"
     pieces = read_ledger(run, steps)
     for (a, n, _), (b, *_) in itertools.pairwise([(first, 0, 0), *pieces]):
-        if b < a + n: raise ValueError(f"samples {b} to {min(a + n, b + 1) - 1} of run {run.name} were read twice")
+        if b < a + n:
+            raise ValueError(f"samples {b} to {min(a + n, b + 1) - 1} of run {run.name} were read twice")
         if b > a + n: raise ValueError(f"samples {a + n} to {b - 1} of run {run.name} were not read")
     return pieces[-1][0] + pieces[-1][1] - first if pieces else 0

@@ -9,7 +9,7 @@ __all__ = ['ancestry', 'row_of', 'checkpoint_rows', 'other_rows', 'size_of', 'wh
 
 # %% ../../nbs/56_training.listing.ipynb #f66b1a4b
 import html, math, os, re, time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 
 from ..config import shown
 from ..run import Run, list_runs, number, process_start
-from .checkpoints import ASIDE, Checkpoint, Checkpoints, candidates, find_checkpoint, step_of
+from .checkpoints import (ASIDE, Checkpoint, Checkpoints, candidates, find_checkpoint,
+                                             step_of)
 from .snapshot import Tensors
 
 # %% ../../nbs/56_training.listing.ipynb #2467a60b
@@ -54,9 +55,9 @@ def other_rows(store: Path) -> list[dict[str, Any]]:
     for entry in sorted(os.scandir(store), key=lambda e: e.name) if Path(store).is_dir() else ():
         if step_of(Path(entry.name)) is not None or entry.name in ("latest", "best", ".lock"): continue
         info = entry.stat(follow_symlinks=False)
-        rows.append({"name": entry.name, "step": None, "bytes": size_of(entry), "loss": None, "val_loss": None,
-                     "age_s": max(0.0, time.time() - info.st_mtime), "verified": "", "what": what_is(entry),
-                     "from": ""})
+        rows.append({"name": entry.name, "step": None, "bytes": size_of(entry), "loss": None,
+                     "val_loss": None, "age_s": max(0.0, time.time() - info.st_mtime), "verified": "",
+                     "what": what_is(entry), "from": ""})
     return rows
 
 def size_of(entry: os.DirEntry) -> int:
@@ -71,7 +72,8 @@ def what_is(entry: os.DirEntry) -> str:
         alive = process_start(int(staged[1])) is not None
         return (f"half-written: process {staged[1]} is at it" if alive else
                 "half-written: its process is gone, the next save removes it")
-    if entry.name.startswith((".del-", ".old-", ".latest", ".best")): return "left over: the next save removes it"
+    if entry.name.startswith((".del-", ".old-", ".latest", ".best")):
+        return "left over: the next save removes it"
     if entry.is_symlink(): return "a link, not followed"
     if entry.name == ASIDE and entry.is_dir():
         steps = sorted(step_of(p) for p in Path(entry.path).glob("*/step_*") if step_of(p) is not None)
@@ -89,8 +91,9 @@ def checkpoint_table(rows: list[dict[str, Any]]) -> str:
         cells = (step, amount(r["bytes"]), loss(r["loss"]), loss(r["val_loss"]), ago(r["age_s"]),
                  *(shown(r[k]) if r[k] else "" for k in ("verified", "what", "from")))
         return "| " + " | ".join(map(str, cells)) + " |"
-    head = "| step | size | loss | val loss | age | verified | | from |\n|---:|---:|---:|---:|---:|---|---|---|"
-    return "\n".join([head, *map(line, rows)])
+    head = ["| step | size | loss | val loss | age | verified | | from |",
+            "|---:|---:|---:|---:|---:|---|---|---|"]
+    return "\n".join([*head, *map(line, rows)])
 
 def amount(n: float) -> str:
     "Bytes for people: `1.5 GB`"
@@ -122,19 +125,22 @@ class Difference:
     b: str
     rows: list[dict[str, Any]]
     total: dict[str, Any]
-    only: dict[str, list[str]]                                   # names that one of them lacks, or has in another shape
+    only: dict[str, list[str]]            # names that one of them lacks, or has in another shape
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def equal(self) -> bool: return not self.only and all(r["largest"] == 0 for r in self.rows)
 
     def _repr_markdown_(self) -> str:
-        line = lambda r: (f"| {r['name']} | {r['shape']} | {r['relative']:.3g} | {r['cosine']:.6f} | {r['largest']:.3g} |")
-        head = f"**{self.a}** to **{self.b}**\n\n| tensor | shape | relative L2 | cosine | largest |\n|---|---|---:|---:|---:|"
+        line = lambda r: (f"| {r['name']} | {r['shape']} | {r['relative']:.3g} | {r['cosine']:.6f} "
+                          f"| {r['largest']:.3g} |")
+        head = [f"**{self.a}** to **{self.b}**", "",
+                "| tensor | shape | relative L2 | cosine | largest |", "|---|---|---:|---:|---:|"]
         notes = [f"\nonly in {side}: {', '.join(names)}" for side, names in self.only.items() if names]
         notes += [f"\n`{n}`: {shown(x)} to {shown(y)}" for n, (x, y) in self.settings.items()]
-        return "\n".join([head, *map(line, [self.total, *self.rows]), *notes])
+        return "\n".join([*head, *map(line, [self.total, *self.rows]), *notes])
 
+# %% ../../nbs/56_training.listing.ipynb #0e7ef694
 def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, float, float]:
     "Squares of |a|, |b| and |b - a|, and the dot product, in float64"
     a, b = (t.double().flatten() for t in (a, b))
@@ -143,26 +149,29 @@ def compare_tensors(a: torch.Tensor, b: torch.Tensor) -> tuple[float, float, flo
 def measures(aa: float, bb: float, dd: float, ab: float) -> dict[str, float]:
     "Relative L2 distance and cosine; two zero tensors are equal"
     relative = math.sqrt(dd / aa) if aa else math.inf if dd else 0.0
-    return {"relative": relative, "cosine": ab / math.sqrt(aa * bb) if aa and bb else 1.0 if aa == bb else 0.0}
+    cosine = ab / math.sqrt(aa * bb) if aa and bb else 1.0 if aa == bb else 0.0
+    return {"relative": relative, "cosine": cosine}
 
 def diff_weights(a: Tensors, b: Tensors, names: tuple[str, str] = ("a", "b")) -> Difference:
     "Two sets of weights by name, those that differ most first"
     both = [n for n in a if n in b and a[n].shape == b[n].shape]
     sums = {n: compare_tensors(a[n], b[n]) for n in both}
-    rows = [{"name": n, "shape": list(a[n].shape), "largest": float((b[n].double() - a[n].double()).abs().amax()) if a[n].numel() else 0.0}
-            | measures(*sums[n]) for n in both]
-    total = {"name": "all", "shape": [sum(a[n].numel() for n in both)], "largest": max((r["largest"] for r in rows), default=0.0)}
+    largest = lambda n: float((b[n].double() - a[n].double()).abs().amax()) if a[n].numel() else 0.0
+    rows = [{"name": n, "shape": list(a[n].shape), "largest": largest(n)} | measures(*sums[n]) for n in both]
+    total = {"name": "all", "shape": [sum(a[n].numel() for n in both)],
+             "largest": max((r["largest"] for r in rows), default=0.0)}
     total |= measures(*(map(sum, zip(*sums.values())) if sums else (0.0,) * 4))
-    only = {names[0]: [n for n in a if n not in both], names[1]: [n for n in b if n not in both]}
-    return Difference(*names, sorted(rows, key=lambda r: -r["relative"]), total, {k: v for k, v in only.items() if v})
+    only = {side: [n for n in has if n not in both] for side, has in zip(names, (a, b))}
+    only = {side: lacking for side, lacking in only.items() if lacking}
+    return Difference(*names, sorted(rows, key=lambda r: -r["relative"]), total, only)
 
 def diff_checkpoints(a: Any, b: Any, runs_dir: str | Path | None = None) -> Difference:
     "Two checkpoints by reference, weights and settings; raises ValueError when one is not there or not whole"
     found = [c if isinstance(c, Checkpoint) else find_checkpoint(c, runs_dir) for c in (a, b)]
     names = tuple(f"{c.path.parent.parent.name}@{c.step}" for c in found)
     difference = diff_weights(*(c.load_model() for c in found), names)
-    settings = found[0].config.differences(found[1].config) if all(c.state.get("config") for c in found) else {}
-    return Difference(difference.a, difference.b, difference.rows, difference.total, difference.only, settings)
+    if not all(c.state.get("config") for c in found): return difference
+    return replace(difference, settings=found[0].config.differences(found[1].config))
 
 # %% ../../nbs/56_training.listing.ipynb #ea50eabe
 @dataclass(frozen=True)
@@ -183,26 +192,31 @@ class Lineage:
         parts = []
         for name, parent, first, last, state, _ in self.rows:
             at = y[name]
-            if parent in y: parts.append(f'<path d="M{x(first):.1f} {y[parent]}V{at}" stroke="#888" fill="none"/>')
+            if parent in y:
+                parts.append(f'<path d="M{x(first):.1f} {y[parent]}V{at}" stroke="#888" fill="none"/>')
             parts.append(f'<path d="M{x(first):.1f} {at}H{x(last):.1f}" stroke="#2f7ed8" stroke-width="3"/>'
                          f'<circle cx="{x(first):.1f}" cy="{at}" r="4" fill="#888"/>'
                          f'<circle cx="{x(last):.1f}" cy="{at}" r="4" fill="#2f7ed8"/>')
             label = html.escape(f"{name}  {first} to {last}, {state}")
             parts.append(f'<text x="{left + width + 14}" y="{at + 4}" fill="#808080">{label}</text>')
-        return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 420}" height="{high * (len(self.rows) + 1)}" '
+        size = f'width="{left + width + 420}" height="{high * (len(self.rows) + 1)}"'
+        return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} '
                 f'font-family="sans-serif" font-size="12">{"".join(parts)}</svg>')
 
+# %% ../../nbs/56_training.listing.ipynb #d5d66308
 def lineage(runs_dir: str | Path | None = None) -> Lineage:
     "The runs of a folder, each below the one that it is a fork of, oldest first"
     runs = {run.name: run.status for run in reversed(list_runs(runs_dir))}
-    parents = {name: p if isinstance(p := status.get("parent"), dict) else {} for name, status in runs.items()}
+    parents = {name: parent if isinstance(parent := status.get("parent"), dict) else {}
+               for name, status in runs.items()}
     rows, seen = [], set()
     def add(name: str, depth: int) -> None:
         if name in seen: return
         seen.add(name)
         parent, status = parents[name], runs[name]
         first = int(number(parent.get("step"), 0))
-        rows.append((name, parent.get("run"), first, max(first, int(number(status.get("step"), 0))), status["state"], depth))
+        last = max(first, int(number(status.get("step"), 0)))
+        rows.append((name, parent.get("run"), first, last, status["state"], depth))
         for other in runs:
             if parents[other].get("run") == name: add(other, depth + 1)
     for name in runs:

@@ -30,7 +30,7 @@ FUSED_ON = ("cpu", "cuda", "mps", "xpu")  # device types that have the one-kerne
 
 def make_optimizer(model: nn.Module, cfg: OptimConfig,
                    device: torch.device | str = "cpu") -> torch.optim.Optimizer:
-    "AdamW or SGD over `decay_groups` at the peak learning rate; give it the bare model, so that names are bare"
+    "AdamW or SGD over `decay_groups` at the peak learning rate; give it the bare model, for bare names"
     groups, fused = decay_groups(model, cfg.weight_decay), torch.device(device).type in FUSED_ON
     if cfg.optimizer == "sgd":
         momentum = cfg.betas[0]

@@ -18,13 +18,14 @@ from typing import Any
 
 import torch
 
-from ..config import RunConfig, find_root, note, shown
+from ..config import RunConfig, find_root, shown
 from ..run import Run, is_run, list_runs
 from ..data.cache import TokenCache
 from ..data.order import ORDER_VERSION
 from ..data.tokenizer import load_tokenizer, tokenizer_hash
 from ..ddp.process import Process
-from .checkpoints import ASIDE, Checkpoint, find_checkpoint, list_checkpoints, locked, sweep
+from .checkpoints import (ASIDE, Checkpoint, find_checkpoint, list_checkpoints, locked,
+                                             sweep)
 
 # %% ../../nbs/58_training.resume.ipynb #9434d3a6
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Start:
         found = Checkpoint(self.path)
         try: same = found.sha256 == self.sha256
         except OSError: same = False
-        if not same: raise ValueError(f"{self.path} was changed or deleted while the run started: start it again")
-        return found
+        if same: return found
+        raise ValueError(f"{self.path} was changed or deleted while the run started: start it again")
 
     @property
     def run(self) -> Run:
@@ -58,14 +59,16 @@ class Start:
         return {"kind": "fork" if self.fork else "resume", "run": self.run.name, "step": self.checkpoint.step,
                 "sha256": self.sha256}
 
-def find_start(ref: "str | Path | Run | Checkpoint | Start", runs_dir: str | Path | None = None, fork: bool = False,
-               accept_changed_data: bool = False, reset_optimizer: bool = False) -> Start:
-    "What `ref` names, verified; raises ValueError with what was searched, and when another process trains that run"
+# %% ../../nbs/58_training.resume.ipynb #a98f8e6b
+def find_start(ref: "str | Path | Run | Checkpoint | Start", runs_dir: str | Path | None = None,
+               fork: bool = False, accept_changed_data: bool = False, reset_optimizer: bool = False) -> Start:
+    "What `ref` names, verified; ValueError with what was searched, or when another process trains that run"
     if isinstance(ref, Start): return ref
     if not isinstance(ref, (Run, Checkpoint)):
         path = Path(ref).expanduser()
-        if path.is_file(): raise ValueError(f"resume={str(ref)!r} is a file of another system: "
-                                            f"`minigpt checkpoints import {ref}` makes a run of it, which resumes")
+        if path.is_file():
+            raise ValueError(f"resume={str(ref)!r} is a file of another system: "
+                             f"`minigpt checkpoints import {ref}` makes a run of it, which resumes")
         if str(ref) == "latest": ref = newest_with_checkpoint(runs_dir)
     if not fork and not isinstance(ref, Checkpoint): Run.open(ref, runs_dir).hold().close()
     found = ref if isinstance(ref, Checkpoint) else find_checkpoint(ref, runs_dir)
@@ -79,7 +82,8 @@ def newest_with_checkpoint(runs_dir: str | Path | None) -> Run:
     if list_checkpoints(newest): return newest
     others = [run.name for run in list_runs(runs_dir) if list_checkpoints(run)]
     instead = f"the newest run that has one is {others[0]}" if others else "no run there has one"
-    raise ValueError(f"resume='latest': the newest run, {newest.name}, has no checkpoint in {newest.checkpoints_dir}; {instead}")
+    raise ValueError(f"resume='latest': the newest run, {newest.name}, has no checkpoint in "
+                     f"{newest.checkpoints_dir}; {instead}")
 
 # %% ../../nbs/58_training.resume.ipynb #c7e312a4
 FREE = ("dropout", "attention", "activation_checkpointing")  # of the model: they touch no weight
@@ -93,21 +97,26 @@ def resumed_config(start: Start, given: RunConfig | None = None, **settings: Any
     # `given`: a whole config in place of the saved one, which it is compared with
     # `settings`: leaves laid over it
     "The config that a run goes on with; ValueError for what cannot change, which lists what can"
-    saved, cfg = base_config(start), (given or base_config(start)).override(**settings)
-    if cfg["tokenizer"] == start.checkpoint.config["tokenizer"]: cfg = cfg.override(tokenizer=saved["tokenizer"])
-    changed = saved.differences(cfg)
-    fixed = [n for n in changed if n not in may_change(saved) and (n == "tokenizer" or n in saved.tree()["model"])]
+    saved = base_config(start)
+    cfg = (given or saved).override(**settings)
+    if cfg["tokenizer"] == start.checkpoint.config["tokenizer"]:
+        cfg = cfg.override(tokenizer=saved["tokenizer"])
+    changed, free = saved.differences(cfg), may_change(saved)
+    fixed = [n for n in changed if n not in free and n in ("tokenizer", *saved.tree()["model"])]
     if fixed:
-        words = "\n".join(f"{n}={changed[n][1]} cannot change on resume: it is {changed[n][0]} in {where(start)}" for n in fixed)
-        raise ValueError(f"{words}\nFor another architecture or tokenizer start a new run. What may change: "
-                         f"{', '.join(may_change(saved))}")
-    if "grad_accum_steps" in changed and "global_batch_size" not in changed: cfg = cfg.override(global_batch_size=None)
+        lines = [f"{n}={changed[n][1]} cannot change on resume: it is {changed[n][0]} in {where(start)}"
+                 for n in fixed]
+        raise ValueError("\n".join([*lines, "For another architecture or tokenizer start a new run. "
+                                            f"What may change: {', '.join(free)}"]))
+    if "grad_accum_steps" in changed and "global_batch_size" not in changed:
+        cfg = cfg.override(global_batch_size=None)
     return cfg
 
+# %% ../../nbs/58_training.resume.ipynb #ebcc612c
 def where(start: Start) -> str: return f"{start.run.name}@{start.checkpoint.step}"
 
 def base_config(start: Start) -> RunConfig:
-    "The saved config; its tokenizer is the checkpoint's own where the text may be another, or its folder is gone"
+    "The saved config; its tokenizer is the checkpoint's own if the text may be another or its folder is gone"
     cfg = start.checkpoint.config
     name = cfg.corpus.tokenizer
     lost = os.path.isabs(name) and not os.path.exists(name)
@@ -126,8 +135,9 @@ def check_data(start: Start, cache: TokenCache) -> None:
     "ValueError when the text or its ids are not what the checkpoint was trained on, unless that is accepted"
     differ = data_differences(start.checkpoint, cache)
     if not differ or start.accept_changed_data: return
-    raise ValueError(f"the data of {where(start)} has changed ({', '.join(differ)}): samples would be repeated and left out. Bring the "
-                     "old text back, or give accept_changed_data to go on with the new one and the saved tokenizer")
+    raise ValueError(f"the data of {where(start)} has changed ({', '.join(differ)}): samples would be "
+                     "repeated and left out. Bring the old text back, or give accept_changed_data to go on "
+                     "with the new one and the saved tokenizer")
 
 def data_differences(checkpoint: Checkpoint, cache: TokenCache) -> list[str]:
     "Inputs of the token cache that are not those of a checkpoint; none for a checkpoint that names none"
@@ -135,14 +145,16 @@ def data_differences(checkpoint: Checkpoint, cache: TokenCache) -> list[str]:
     if not then: return []
     differ = [name for name in now if then.get(name) != now[name]]
     known = checkpoint.state.get("tokenizer_hash")
-    return differ + ["tokenizer"] * bool(known and known != cache.meta["tokenizer_hash"] and "tokenizer" not in differ)
+    another = bool(known) and known != cache.meta["tokenizer_hash"]
+    return differ + ["tokenizer"] * (another and "tokenizer" not in differ)
 
 # %% ../../nbs/58_training.resume.ipynb #1a5a444e
 @cache
 def package_hash() -> str:
     "16 hexadecimal digits that stand for the source of minigpt_wb"
     folder, digest = Path(inspect.getfile(RunConfig)).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")): digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 def function_hash(function: Callable | str | None) -> str | None:
@@ -154,11 +166,11 @@ def function_hash(function: Callable | str | None) -> str | None:
 
 def environment(process: Process, *functions: Callable | str | None) -> dict[str, Any]:
     "What, besides config and data, decides the bits of a run"
-    cuda = process.device.type == "cuda"
-    own = [h for f in functions if (h := function_hash(f))]
-    return {"code": "+".join([package_hash(), *own]), "torch": torch.__version__, "python": platform.python_version(),
-            "device": torch.cuda.get_device_name(process.device) if cuda else f"{process.device.type} {platform.machine()}",
-            "threads": torch.get_num_threads(), "world_size": process.world_size}
+    own, kind = [h for f in functions if (h := function_hash(f))], process.device.type
+    device = torch.cuda.get_device_name(process.device) if kind == "cuda" else f"{kind} {platform.machine()}"
+    return {"code": "+".join([package_hash(), *own]),
+            "torch": torch.__version__, "python": platform.python_version(),
+            "device": device, "threads": torch.get_num_threads(), "world_size": process.world_size}
 
 # %% ../../nbs/58_training.resume.ipynb #c365ea5f
 @dataclass(frozen=True)
@@ -176,15 +188,14 @@ class Certificate:
 
     def _repr_markdown_(self) -> str:
         rows = [f"| {n} | {shown(a)} | {shown(b)} |" for n, (a, b) in self.differences.items()]
-        table = "\n".join(["| differs | saved | now |", "|---|---|---|", *rows]) if rows else "Nothing differs from the saved run."
-        return "\n".join([f"**{self.title}**", "", table, "", *(f"- {n}: {v}" for n, v in self.verdicts.items())])
+        table = ["| differs | saved | now |", "|---|---|---|", *rows]
+        verdicts = [f"- {n}: {v}" for n, v in self.verdicts.items()]
+        if not rows: table = ["Nothing differs from the saved run."]
+        return "\n".join([f"**{self.title}**", "", *table, "", *verdicts])
 
-NEVER = ("run_name", "ledger", "tensorboard", "log_every", "log_level", "eval_every", "eval_tokens", "save_every", "keep_last", "keep_every",
-         "sample_every", "sample_prompt", "max_new_tokens", "temperature", "top_k", "top_p", "timeout_s", "grad_accum_steps",
-         "data", "tokenizer", "device", "patience", "min_delta")  # leaves that change no weight by themselves
-ROUNDING = ("batch_size", "compile", "attention", "activation_checkpointing", "torch", "python", "device", "threads", "world_size")
-
-def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str], n_windows: int) -> Certificate:
+# %% ../../nbs/58_training.resume.ipynb #859c0ae5
+def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str],
+            n_windows: int) -> Certificate:
     # `now`: from `environment`; `differ`: from `data_differences`
     # `n_windows`: samples in an epoch
     "The certificate of a start; `cfg` is what the run goes on with"
@@ -194,14 +205,17 @@ def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str]
     facts = {n: (then.get(n, "unknown"), v) for n, v in now.items() if then.get(n, "unknown") != v}
     settings = saved.differences(cfg)
     data = {"data": ("the saved text", f"another: {', '.join(differ)}")} if differ else {}
-    if state.get("order_version") not in (None, ORDER_VERSION): data["order"] = state["order_version"], ORDER_VERSION
-    verdicts = {"samples": order_verdict(state, {**data, **settings}, n_windows), "steps": step_verdict(cfg, settings, now["world_size"]),
+    order = state.get("order_version")
+    if order not in (None, ORDER_VERSION): data["order"] = order, ORDER_VERSION
+    verdicts = {"samples": order_verdict(state, {**data, **settings}, n_windows),
+                "steps": step_verdict(cfg, settings, now["world_size"]),
                 "dropout": dropout_verdict(cfg, settings),
                 "weights": weights_verdict(start, cfg, settings, facts, data)}
     said = {n: v for n, v in settings.items() if n != "tokenizer"}
-    return Certificate(f"{'fork' if start.fork else 'resume'} of {where(start)}", facts | said | data, verdicts)
+    title = f"{'fork' if start.fork else 'resume'} of {where(start)}"
+    return Certificate(title, facts | said | data, verdicts)
 
-# %% ../../nbs/58_training.resume.ipynb #859c0ae5
+# %% ../../nbs/58_training.resume.ipynb #539e33bb
 def order_verdict(state: dict[str, Any], differences: dict[str, Any], n_windows: int) -> str:
     "What becomes of the order of the samples"
     at = int(state.get("samples") or 0)
@@ -213,24 +227,36 @@ def step_verdict(cfg: RunConfig, settings: dict[str, Any], world_size: int) -> s
     "How many samples a step has, and how the ranks share them"
     part, total = cfg.training, cfg.training.global_batch_size
     micro = -(-total // part.batch_size)
-    many = lambda n, what: f"{n} {what}{'s' * (n != 1)}" if what != "micro-batch" else f"{n} {what}{'es' * (n != 1)}"
-    share = f"{total} samples: {many(micro, 'micro-batch')} of up to {part.batch_size} over {many(world_size, 'rank')}"
+    many = lambda n, what, ending: f"{n} {what}{ending * (n != 1)}"
+    share = (f"{total} samples: {many(micro, 'micro-batch', 'es')} of up to {part.batch_size} "
+             f"over {many(world_size, 'rank', 's')}")
     if "global_batch_size" in settings: return f"CHANGE to {share}, {settings['global_batch_size'][0]} before"
-    return f"the same {share}" + (", the accumulation follows" if {"batch_size", "grad_accum_steps"} & set(settings) else "")
+    follows = {"batch_size", "grad_accum_steps"} & set(settings)
+    return f"the same {share}" + (", the accumulation follows" if follows else "")
 
 def dropout_verdict(cfg: RunConfig, settings: dict[str, Any]) -> str:
     "Whether dropout draws the masks that it would have drawn"
     if "dropout" in settings: return f"CHANGES from {settings['dropout'][0]} to {settings['dropout'][1]}"
     if not cfg.model.dropout: return "none"
-    if cut := [n for n in ("batch_size", "global_batch_size", "seed") if n in settings]:
-        return f"OTHER masks from here: they are keyed by the first sample of a micro-batch ({', '.join(cut)})"
+    if cut := ", ".join(n for n in ("batch_size", "global_batch_size", "seed") if n in settings):
+        return f"OTHER masks from here: they are keyed by the first sample of a micro-batch ({cut})"
     return "the same masks, whatever the number of ranks"
 
-def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any], data: dict[str, Any]) -> str:
+# %% ../../nbs/58_training.resume.ipynb #30886f91
+NEVER = ("run_name", "ledger", "tensorboard", "log_every", "log_level", "timeout_s",
+         "eval_every", "eval_tokens", "save_every", "keep_last", "keep_every", "patience", "min_delta",
+         "sample_every", "sample_prompt", "max_new_tokens", "temperature", "top_k", "top_p",
+         "grad_accum_steps", "data", "tokenizer", "device")  # leaves that change no weight by themselves
+ROUNDING = ("batch_size", "compile", "attention", "activation_checkpointing",
+            "torch", "python", "device", "threads", "world_size")
+
+def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any],
+                    data: dict[str, Any]) -> str:
     "How the weights will compare with those of a run that was never stopped"
     if start.reset_optimizer: return "CHANGE: the optimiser starts without its moments"
     lengths = () if cfg.optim.lr_schedule != "constant" else ("max_steps", "epochs", "train_tokens")
-    changed = [n for n in {**settings, **data} if n not in (*NEVER, *ROUNDING, *lengths)] + ["data"] * ("data" in data)
+    harmless = (*NEVER, *ROUNDING, *lengths)
+    changed = [n for n in {**settings, **data} if n not in harmless] + ["data"] * ("data" in data)
     if cfg.model.dropout and "batch_size" in settings: changed.append("dropout masks")
     if changed: return f"CHANGE by request: {', '.join(dict.fromkeys(changed))}"
     if "code" in facts: return "NOT CERTAIN: the code is another"

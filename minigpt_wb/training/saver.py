@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config import note
 from ..run import Run
-from .checkpoints import CheckpointError, Checkpoint, hint, prune, publish
+from .checkpoints import Checkpoint, hint, prune, publish
 from .snapshot import Buffers, Snapshot, tensors_of
 
 # %% ../../nbs/55_training.saver.ipynb #86f2790d
@@ -29,7 +29,8 @@ def available_bytes() -> float:
     "Memory that this machine can still give; infinite where nobody knows"
     try: lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError: return float("inf")
-    return next((1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable")), float("inf"))
+    found = (1024 * float(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return next(found, float("inf"))
 
 # %% ../../nbs/55_training.saver.ipynb #b53a36df
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ class Saver:
     def reserve(self, snapshot: Snapshot) -> None:
         "Take the memory for copies of `snapshot`'s kind, in the background, so that the first save need not"
         if snapshot.bytes > 0.8 * available_bytes():
-            note(f"no memory for a copy of {snapshot.bytes:,} bytes: training waits while checkpoints are written")
+            note(f"no memory for a copy of {snapshot.bytes:,} bytes: "
+                 "training waits while checkpoints are written")
             self.buffers = None
         else: self.start(self.buffers.fit, tensors_of(snapshot))
 
@@ -114,7 +116,8 @@ def write(self: Saver, snapshot: Snapshot, began: float, copied: float) -> None:
     now = time.perf_counter()
     hint(path.parent, snapshot, None)
     stall_s = (copied if self.buffers else now) - began
-    self.done.append(Saved(path, snapshot.step, snapshot.state.get("samples"), Checkpoint(path).bytes, stall_s, now - began))
+    samples, size = snapshot.state.get("samples"), Checkpoint(path).bytes
+    self.done.append(Saved(path, snapshot.step, samples, size, stall_s, now - began))
     try: prune(self.run, *self.keep)
     except OSError as e: note(f"{path.name} is saved, but older checkpoints could not be deleted ({e})")
 

@@ -167,7 +167,8 @@ class Buffers:
         starts = [0]
         for t in tensors.values(): starts.append(starts[-1] + -(-t.nbytes // 64) * 64)
         flat = pages(max(starts[-1], 1), pinned=any(t.is_cuda for t in tensors.values()))
-        self.places = [flat[at:at + t.nbytes].view(t.dtype).view(t.shape) for at, t in zip(starts, tensors.values())]
+        self.places = [flat[at:at + t.nbytes].view(t.dtype).view(t.shape)
+                       for at, t in zip(starts, tensors.values())]
         self.shapes = shapes
 
     def copy(self, snapshot: Snapshot) -> Snapshot:
@@ -205,7 +206,7 @@ def tensors_of(snapshot: Snapshot) -> dict[tuple[str, str], torch.Tensor]:
     return {(side, n): t for side, part in sides(snapshot).items() for n, t in (part or {}).items()}
 
 def pages(size: int, pinned: bool) -> torch.Tensor:
-    "`size` bytes (n,) uint8, in memory that is there already: huge pages where the system has them, or pinned"
+    "`size` bytes (n,) uint8, in memory that is there already: huge pages where there are any, or pinned"
     if pinned: return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -8,7 +8,7 @@ __all__ = ['ALONE_S', 'Trainer', 'make_trainer', 'make_saver', 'restore', 'unsav
 
 # %% ../../nbs/68_training.state.ipynb #85517ae4
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ class Trainer:
     stopper: EarlyStop
     saver: Saver                            # works on rank 0 alone
     ledger: Ledger
-    facts: dict[str, Any]                   # what besides config and data decides the bits: code, torch, device, ...
+    facts: dict[str, Any]                   # what else decides the bits: code, torch, device, ...
     start: Start | None = None              # the checkpoint that it goes on from
     by_value: tuple[str, ...] = ()          # functions that were given, not named
     timer: StepTimer = field(default_factory=StepTimer)
@@ -74,9 +74,9 @@ class Trainer:
     def done(self) -> bool: return self.step >= self.length.steps or self.position >= self.length.samples
 
 # %% ../../nbs/68_training.state.ipynb #3b9320e8
-def make_trainer(cfg: RunConfig, run: Run, cache: TokenCache, process: Process, model_fn: Callable | None = None,
-                 objective: Callable | None = None, say: Callable[[str], None] | None = None,
-                 start: Start | None = None) -> Trainer:
+def make_trainer(cfg: RunConfig, run: Run, cache: TokenCache, process: Process,
+                 model_fn: Callable | None = None, objective: Callable | None = None,
+                 say: Callable[[str], None] | None = None, start: Start | None = None) -> Trainer:
     # `start`: the checkpoint that the run goes on from; `cfg` is then what `resumed_config` gave
     "Model, optimiser and readers of this rank"
     cfg = cfg.override(global_batch_size=global_batch(cfg.training, process.world_size))  # for any world
@@ -90,13 +90,16 @@ def make_trainer(cfg: RunConfig, run: Run, cache: TokenCache, process: Process, 
     core = TrainStep(build_model(cfg.model, model_fn).to(process.device), objective or part.objective)
     optimizer = make_optimizer(core.model, cfg.optim, process.device)
     if start: start.checkpoint.restore(core.model, None if start.reset_optimizer else optimizer)
-    attempt = broadcast_object(len(resumed_at(run)) + bool(start and not start.fork) if process.is_main else None)
+    again = start is not None and not start.fork
+    attempt = broadcast_object(len(resumed_at(run)) + again if process.is_main else None)
     t = Trainer(cfg, run, cache, process, core,
-                module=wrap(torch.compile(core) if part.compile == "model" else core, process), optimizer=optimizer,
+                module=wrap(torch.compile(core) if part.compile == "model" else core, process),
+                optimizer=optimizer, batches=batches, length=length,
                 scaler=torch.amp.GradScaler(process.device.type, enabled=part.dtype == "float16"),
-                batches=batches, length=length, log=RankLog(run, process.rank, process.index, say, part.log_level),
+                log=RankLog(run, process.rank, process.index, say, part.log_level),
                 board=TensorBoard(run, part.tensorboard and process.is_main),
-                stopper=EarlyStop(part.patience, part.min_delta), saver=make_saver(cfg, run, cache, batches.n_windows),
+                stopper=EarlyStop(part.patience, part.min_delta),
+                saver=make_saver(cfg, run, cache, batches.n_windows),
                 ledger=Ledger(run, process.rank, attempt, part.ledger),
                 facts=environment(process, model_fn or cfg.model.model_fn, objective), start=start,
                 by_value=tuple(n for n, f in (("model_fn", model_fn), ("objective", objective)) if f))
@@ -113,20 +116,21 @@ def make_saver(cfg: RunConfig, run: Run, cache: TokenCache, n_windows: int) -> S
 def restore(t: Trainer, state: dict[str, Any]) -> None:
     "Put the rest of a checkpoint's state back: position, schedule, patience, loss scale, random generators"
     t.step, t.position = int(state["step"]), int(state.get("samples") or 0)
-    t.skipped, t.loss, t.saved = int(state.get("skipped_steps") or 0), state.get("loss"), t.start.checkpoint.step
+    t.skipped, t.loss = int(state.get("skipped_steps") or 0), state.get("loss")
+    t.saved = -1 if t.start.fork else t.start.checkpoint.step  # a new run has no checkpoint yet
     t.lineage = [*(state.get("lineage") or ()), *unsaved_fork(t.run, state), t.start.event]
     for name in ("best", "mark", "waited"):
         if name in (state.get("stopper") or {}): setattr(t.stopper, name, state["stopper"][name])
     if state.get("scaler") and t.scaler.is_enabled(): t.scaler.load_state_dict(state["scaler"])
-    if t.process.is_main and state.get("rng"): restore_rng(state["rng"])  # other ranks' follow from the position
-    if t.start.fork: t.saved = -1  # the new run has no checkpoint yet
+    if t.process.is_main and state.get("rng"):
+        restore_rng(state["rng"])  # those of other ranks follow from the position
 
 def unsaved_fork(run: Run, state: dict[str, Any]) -> list[dict[str, Any]]:
     "That `run` is a fork, when it goes on from the checkpoint of its parent, which does not know"
     parent = run.stored_status().get("parent")
     if not isinstance(parent, dict) or parent.get("step") != state["step"]: return []
-    known = [e for e in state.get("lineage") or () if e.get("kind") == "fork" and e.get("run") == parent.get("run")]
-    return [] if known else [{"kind": "fork", **parent}]
+    known = [e.get("run") for e in state.get("lineage") or () if e.get("kind") == "fork"]
+    return [] if parent.get("run") in known else [{"kind": "fork", **parent}]
 
 def length_inputs(cfg: RunConfig, n_windows: int) -> dict[str, Any]:
     "What the length of a run follows from"
@@ -137,8 +141,8 @@ def length_of(cfg: RunConfig, n_windows: int, state: dict[str, Any]) -> Length:
     "How far the run goes, from the start or from a checkpoint's state"
     known, inputs = state.get("length") or {}, length_inputs(cfg, n_windows)
     if known.get("inputs") == inputs: return Length(known["samples"], known["steps"])
-    done = Length(int(state.get("samples") or 0), int(state.get("step") or 0))
-    return training_length(cfg.training, n_windows, cfg.model.context_length, cfg.training.global_batch_size, done)
+    done, part = Length(int(state.get("samples") or 0), int(state.get("step") or 0)), cfg.training
+    return training_length(part, n_windows, cfg.model.context_length, part.global_batch_size, done)
 
 # %% ../../nbs/68_training.state.ipynb #a00358c5
 def snapshot(t: Trainer, final: bool = False) -> Snapshot:
@@ -163,10 +167,12 @@ def weights_are_finite(t: Trainer) -> bool:
 def report_saved(t: Trainer) -> None:
     "A row and a line for each checkpoint that got to disk; raises when one could not be written"
     for s in t.saver.finished():
-        record(t, "save", step=s.step, samples=s.samples, path=s.path.name, bytes=s.bytes, stall_s=s.stall_s, write_s=s.write_s)
-        t.log.info(f"Step [{s.step}/{t.length.steps}] | saved {s.path.name}, {s.bytes:,} bytes: training stood {s.stall_s:.3f} s, "
-                   f"on disk after {s.write_s:.2f} s")
+        record(t, "save", step=s.step, samples=s.samples, path=s.path.name, bytes=s.bytes,
+               stall_s=s.stall_s, write_s=s.write_s)
+        t.log.info(f"Step [{s.step}/{t.length.steps}] | saved {s.path.name}, {s.bytes:,} bytes: "
+                   f"training stood {s.stall_s:.3f} s, on disk after {s.write_s:.2f} s")
 
+# %% ../../nbs/68_training.state.ipynb #c09db13a
 @contextmanager
 def main_alone(t: Trainer, phase: str) -> Iterator[None]:
     "Work of rank 0 that the others wait for, however long it takes; not counted as training"
@@ -187,8 +193,9 @@ def state_of(t: Trainer) -> dict[str, Any]:
     return dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, skipped_steps=t.skipped,
                 epoch=t.position // windows, n_windows=windows, seed=t.cfg.training.seed, length=length,
                 order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, stopper=asdict(t.stopper),
-                scaler=t.scaler.state_dict(), environment=t.facts, config=plain(t.cfg.tree()), lineage=t.lineage,
-                by_value=t.by_value, data=t.cache.meta["inputs"], tokenizer_hash=t.cache.meta["tokenizer_hash"])
+                scaler=t.scaler.state_dict(), environment=t.facts, config=plain(t.cfg.tree()),
+                lineage=t.lineage, by_value=t.by_value, data=t.cache.meta["inputs"],
+                tokenizer_hash=t.cache.meta["tokenizer_hash"])
 
 def record(t: Trainer, kind: str, step: int | None = None, samples: int | None = None, **values: Any) -> None:
     "From rank 0: a row of metrics.jsonl, and its numbers for TensorBoard"

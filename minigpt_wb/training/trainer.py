@@ -20,13 +20,13 @@ from ..run import Run
 from ..data.cache import TokenCache
 from ..data.order import micro_batches, rank_share
 from ..data.batches import Batch, EvalWindows, to_device
-from ..ddp.process import FIRST_STEP_S, group, identity, no_sync, settle, sum_over_ranks
+from ..ddp.process import group, identity, no_sync, settle, sum_over_ranks
 from .optim import clip_grad_norm, lr_at
 from .metrics import mfu
 from .evaluation import autocast, loss_over, perplexity
 from .resume import Start, certify, data_differences, put_aside
-from .state import (Trainer, main_alone, make_trainer, progress, record, report_saved, save,
-                                       snapshot)
+from .state import (Trainer, main_alone, make_trainer, progress, record,
+                                       report_saved, save, snapshot)
 from ..sampling.decoder import generate_text
 
 # %% ../../nbs/70_training.trainer.ipynb #bf21199b
@@ -130,7 +130,8 @@ def watched(t: Trainer, batches: Iterator[Batch], most: int) -> Iterator[Batch]:
 def evaluate(t: Trainer, max_tokens: int | None = None) -> bool:
     "Measure the validation split, or about `max_tokens` of it; save the best; True when patience is out"
     if not len(t.cache.val): return False
-    windows, world = EvalWindows(t.cache.val, t.cfg.model.context_length, t.cfg.training.batch_size), t.process.world_size
+    windows = EvalWindows(t.cache.val, t.cfg.model.context_length, t.cfg.training.batch_size)
+    world = t.process.world_size
     share = watched(t, windows.share(t.process.rank, world, max_tokens), windows.most(world, max_tokens))
     with t.timer.off(): loss_sum, count = sum_over_ranks(loss_over(t.core, share, t.device, t.dtype))
     if t.stopping: return False  # a part of the split says nothing
@@ -193,7 +194,8 @@ def agree(t: Trainer) -> str:
         for stop in (c for c in commands if c.get("command") == "stop"):
             asked = True
             t.run.log_row("control", step=t.step, command="stop", id=stop.get("id"))
-    signal, asked, busy = sum_over_ranks([bool(signals.requested()), asked, t.process.is_main and t.saver.busy])
+    writing = t.process.is_main and t.saver.busy
+    signal, asked, busy = sum_over_ranks([bool(signals.requested()), asked, writing])
     t.busy, t.stopping = busy > 0, "signal" if signal else "asked to stop" if asked else t.stopping
     return t.stopping
 
@@ -207,7 +209,8 @@ def begin(t: Trainer) -> None:
                       "the learning rate never reaches its peak")
     t.cfg.save(t.run.path / "config.yaml")
     t.control = int(t.run.stored_status().get("heard") or 0)  # what was asked of an earlier start is over
-    t.run.set_status(state="running", world_size=t.process.world_size, step=t.step, total_steps=t.length.steps)
+    t.run.set_status(state="running", world_size=t.process.world_size, step=t.step,
+                     total_steps=t.length.steps)
     if t.start: go_on(t)
     t.run.log_row("event", event="start", step=t.step, steps=t.length.steps, total_samples=t.length.samples,
                   world_size=t.process.world_size, n_windows=t.batches.n_windows, parameters=n_parameters(t),
@@ -216,7 +219,8 @@ def begin(t: Trainer) -> None:
 
 def go_on(t: Trainer) -> None:
     "Print the certificate of a start, and write it down; put aside what the start takes back"
-    shown = certify(t.start, t.cfg, t.facts, data_differences(t.start.checkpoint, t.cache), t.batches.n_windows)
+    differ = data_differences(t.start.checkpoint, t.cache)
+    shown = certify(t.start, t.cfg, t.facts, differ, t.batches.n_windows)
     t.log.info(str(shown))
     if t.start.fork: t.run.set_status(parent={"run": t.start.run.name, "step": t.step})
     elif aside := put_aside(t.run, t.step):
@@ -257,8 +261,9 @@ def end(t: Trainer, state: str, reason: str = "") -> str:
     return state
 
 # %% ../../nbs/70_training.trainer.ipynb #33dd0f2d
-def train(cfg: RunConfig, run: Run, cache: TokenCache, model_fn: Callable | None = None, objective: Callable | None = None,
-          say: Callable[[str], None] | None = None, start: Start | None = None) -> str:
+def train(cfg: RunConfig, run: Run, cache: TokenCache, model_fn: Callable | None = None,
+          objective: Callable | None = None, say: Callable[[str], None] | None = None,
+          start: Start | None = None) -> str:
     # `model_fn`, `objective`: functions in place of the ones that `cfg` names
     # `say`: takes each log line as well, for a terminal or a pipe
     # `start`: the checkpoint to go on from
