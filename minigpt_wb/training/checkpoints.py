@@ -400,7 +400,7 @@ def first_intact(candidates: list[Checkpoint], ref: str) -> Checkpoint:
     rejected = []
     for c in candidates:
         if not (problems := c.verify()):
-            if rejected: tell(f"using {c.path} instead of " + "; ".join(rejected))
+            if rejected: tell(f"using {c.path.name} instead of " + "; ".join(rejected))
             return c
         rejected.append(f"{c.path.name} ({', '.join(problems)})")
     raise ValueError(f"{ref} holds no intact checkpoint: " + "; ".join(rejected))

@@ -199,11 +199,10 @@ def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str]
     # `now`: from `environment`; `differ`: from `data_differences`
     # `n_windows`: samples in an epoch
     "The certificate of a start; `cfg` is what the run goes on with"
-    checkpoint = start.checkpoint
-    state, saved = checkpoint.state, checkpoint.config
-    then = state.get("environment") or dict.fromkeys(now, "unknown")
-    facts = {n: (then.get(n, "unknown"), v) for n, v in now.items() if then.get(n, "unknown") != v}
-    settings = saved.differences(cfg)
+    state, settings = start.checkpoint.state, start.checkpoint.config.differences(cfg)
+    then = state.get("environment")
+    facts = {n: (then.get(n), v) for n, v in now.items() if then.get(n) != v} if then else {}
+    if not then: settings = {n: pair for n, pair in settings.items() if pair[0] not in (None, "auto")}
     data = {"data": ("the saved text", f"another: {', '.join(differ)}")} if differ else {}
     order = state.get("order_version")
     if order not in (None, ORDER_VERSION): data["order"] = order, ORDER_VERSION
@@ -253,6 +252,7 @@ ROUNDING = ("batch_size", "compile", "attention", "activation_checkpointing",
 def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any],
                     data: dict[str, Any]) -> str:
     "How the weights will compare with those of a run that was never stopped"
+    if not start.checkpoint.state.get("environment"): return "those of the file: what made them is not known"
     if start.reset_optimizer: return "CHANGE: the optimiser starts without its moments"
     lengths = () if cfg.optim.lr_schedule != "constant" else ("max_steps", "epochs", "train_tokens")
     harmless = (*NEVER, *ROUNDING, *lengths)

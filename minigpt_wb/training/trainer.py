@@ -25,7 +25,8 @@ from .optim import clip_grad_norm, lr_at
 from .metrics import mfu
 from .evaluation import autocast, loss_over, perplexity
 from .resume import Start, certify, data_differences, put_aside
-from .state import (Trainer, main_alone, make_trainer, progress, record,
+from .checkpoints import CheckpointError
+from .state import (ALONE_S, Trainer, main_alone, make_trainer, progress, record,
                                        report_saved, save, snapshot)
 from ..sampling.decoder import generate_text
 
@@ -253,8 +254,8 @@ def start_lines(t: Trainer) -> list[str]:
 def end(t: Trainer, state: str, reason: str = "") -> str:
     "The last checkpoint, on disk, and the last word"
     save(t)
-    t.saver.wait()
-    if t.process.is_main: report_saved(t)
+    if not t.saver.wait(ALONE_S): raise CheckpointError(f"step {t.step} is not on disk after {ALONE_S:g} s")
+    report_saved(t)
     t.log.info(f"{state}{reason and f' ({reason})'} at step {t.step}")
     if t.process.is_main: t.run.set_status(state=state, step=t.step, reason=reason)
     t.board.close(); t.log.close()
