@@ -47,7 +47,7 @@ def one(argv: list[str], usage: str, about: str, flags: dict[str, str] | None = 
     "`words` of a command that needs `count` of them"
     found, given = words(argv, usage, about, RUNS_DIR | (flags or {}), at_most=count)
     if len(found) == count: return found, given
-    raise ValueError(f"{'something is' if count == 1 else f'{count} things are'} missing: {usage}")
+    raise ValueError(f"something is missing: {usage}")
 
 def verify_command(argv: list[str]) -> int:
     "look at every byte of a checkpoint, or of all of a run; status 1 when nothing verifies"
@@ -77,8 +77,9 @@ def inspect_command(argv: list[str]) -> int:
     from minigpt_wb.training.imports import inspect_file
     about = ("Prints what FILE is, what is in it, what would load and what not, and why. Nothing in it is\n"
              "executed.")
-    [path], _ = one(argv, "minigpt checkpoints inspect FILE", about)
-    found = inspect_file(path)
+    path, _ = words(argv, usage := "minigpt checkpoints inspect FILE", about, {})
+    if not path: raise ValueError(f"something is missing: {usage}")
+    found = inspect_file(path[0])
     print(found)
     return 0 if found.loads else 1
 
@@ -120,7 +121,8 @@ def diff_command(argv: list[str]) -> int:
     refs, flags = one(argv, "minigpt checkpoints diff A B [--runs-dir DIR]", about, count=2)
     found = diff_checkpoints(*refs, **flags)
     print(text_table(row | {"shape": "x".join(map(str, row["shape"]))} for row in [found.total, *found.rows]))
-    for side, names in found.only.items(): print(f"only in {side}: {', '.join(names)}")
+    for side, names in zip((found.a, found.b), found.only):
+        if names: print(f"only in {side}: {', '.join(names)}")
     for name, (a, b) in found.settings.items(): print(f"{name}: {a} -> {b}")
     return 0 if found.equal else 1
 
@@ -172,9 +174,12 @@ def verify_resume_command(argv: list[str]) -> int:
                        *(f"  --{name:<8} {text}" for name, text in known.items())])
     found, rest = split_flags(argv, known)
     if not {"--preset", "--config"} & set(rest): rest = ["--preset", "debug", *rest]
-    _, cfg = from_command(rest, "minigpt checkpoints verify-resume", about)
+    entry, cfg = from_command(rest, "minigpt checkpoints verify-resume", about)
+    if odd := entry.keys() - {"preset", "runs_dir"}:
+        raise ValueError(f"{', '.join(odd)} means nothing here: give worlds, steps and settings")
     worlds = [whole("worlds", w.strip(), 1) for w in found.get("worlds", "1,2").split(",")]
-    verdict = verify_resume(cfg, whole("steps", found.get("steps", 6), 2), worlds)
+    steps = whole("steps", found.get("steps", 6), 2)
+    verdict = verify_resume(cfg, steps, worlds, runs_dir=entry.get("runs_dir"))
     print(text_table(verdict.rows()))
     return 0 if verdict.passed else 1
 

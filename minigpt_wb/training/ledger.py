@@ -48,8 +48,10 @@ def read_ledger(run: Run, steps: int | None = None) -> list[Piece]:
 def samples_read(run: Run, steps: int | None = None, first: int = 0) -> int:
     "How many samples were read, each exactly once from `first` on; ValueError names a gap or what came twice"
     pieces = read_ledger(run, steps)
-    for (a, n, _), (b, *_) in itertools.pairwise([(first, 0, 0), *pieces]):
-        if b < a + n:
-            raise ValueError(f"samples {b} to {min(a + n, b + 1) - 1} of run {run.name} were read twice")
-        if b > a + n: raise ValueError(f"samples {a + n} to {b - 1} of run {run.name} were not read")
+    if pieces and pieces[0][0] < first:
+        raise ValueError(f"run {run.name} read sample {pieces[0][0]}, which lies before {first}")
+    for (a, n, _), (b, m, _) in itertools.pairwise([(first, 0, 0), *pieces]):
+        said = f"of run {run.name} were"
+        if b < a + n: raise ValueError(f"samples {b} to {min(a + n, b + m) - 1} {said} read twice")
+        if b > a + n: raise ValueError(f"samples {a + n} to {b - 1} {said} not read")
     return pieces[-1][0] + pieces[-1][1] - first if pieces else 0

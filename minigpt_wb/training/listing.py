@@ -125,18 +125,19 @@ class Difference:
     b: str
     rows: list[dict[str, Any]]
     total: dict[str, Any]
-    only: dict[str, list[str]]            # names that one of them lacks, or has in another shape
+    only: tuple[list[str], list[str]]     # names that the other lacks, or has in another shape: of a, of b
     settings: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
-    def equal(self) -> bool: return not self.only and all(r["largest"] == 0 for r in self.rows)
+    def equal(self) -> bool: return not any(self.only) and all(r["largest"] == 0 for r in self.rows)
 
     def _repr_markdown_(self) -> str:
         line = lambda r: (f"| {r['name']} | {r['shape']} | {r['relative']:.3g} | {r['cosine']:.6f} "
                           f"| {r['largest']:.3g} |")
         head = [f"**{self.a}** to **{self.b}**", "",
                 "| tensor | shape | relative L2 | cosine | largest |", "|---|---|---:|---:|---:|"]
-        notes = [f"\nonly in {side}: {', '.join(names)}" for side, names in self.only.items() if names]
+        sides = zip((self.a, self.b), self.only)
+        notes = [f"\nonly in {side}: {', '.join(names)}" for side, names in sides if names]
         notes += [f"\n`{n}`: {shown(x)} to {shown(y)}" for n, (x, y) in self.settings.items()]
         return "\n".join([*head, *map(line, [self.total, *self.rows]), *notes])
 
@@ -161,8 +162,7 @@ def diff_weights(a: Tensors, b: Tensors, names: tuple[str, str] = ("a", "b")) ->
     total = {"name": "all", "shape": [sum(a[n].numel() for n in both)],
              "largest": max((r["largest"] for r in rows), default=0.0)}
     total |= measures(*(map(sum, zip(*sums.values())) if sums else (0.0,) * 4))
-    only = {side: [n for n in has if n not in both] for side, has in zip(names, (a, b))}
-    only = {side: lacking for side, lacking in only.items() if lacking}
+    only = tuple([n for n in has if n not in both] for has in (a, b))
     return Difference(*names, sorted(rows, key=lambda r: -r["relative"]), total, only)
 
 def diff_checkpoints(a: Any, b: Any, runs_dir: str | Path | None = None) -> Difference:

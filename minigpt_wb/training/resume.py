@@ -208,7 +208,7 @@ def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str]
     if order not in (None, ORDER_VERSION): data["order"] = order, ORDER_VERSION
     verdicts = {"samples": order_verdict(state, {**data, **settings}, n_windows),
                 "steps": step_verdict(cfg, settings, now["world_size"]),
-                "dropout": dropout_verdict(cfg, settings),
+                "dropout": dropout_verdict(cfg, settings, facts),
                 "weights": weights_verdict(start, cfg, settings, facts, data)}
     said = {n: v for n, v in settings.items() if n != "tokenizer"}
     title = f"{'fork' if start.fork else 'resume'} of {where(start)}"
@@ -233,12 +233,13 @@ def step_verdict(cfg: RunConfig, settings: dict[str, Any], world_size: int) -> s
     follows = {"batch_size", "grad_accum_steps"} & set(settings)
     return f"the same {share}" + (", the accumulation follows" if follows else "")
 
-def dropout_verdict(cfg: RunConfig, settings: dict[str, Any]) -> str:
+def dropout_verdict(cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any]) -> str:
     "Whether dropout draws the masks that it would have drawn"
     if "dropout" in settings: return f"CHANGES from {settings['dropout'][0]} to {settings['dropout'][1]}"
     if not cfg.model.dropout: return "none"
     if cut := ", ".join(n for n in ("batch_size", "global_batch_size", "seed") if n in settings):
         return f"OTHER masks from here: they are keyed by the first sample of a micro-batch ({cut})"
+    if "device" in facts: return "OTHER masks from here: another device draws other numbers"
     return "the same masks, whatever the number of ranks"
 
 # %% ../../nbs/58_training.resume.ipynb #30886f91
@@ -256,8 +257,9 @@ def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], fact
     if start.reset_optimizer: return "CHANGE: the optimiser starts without its moments"
     lengths = () if cfg.optim.lr_schedule != "constant" else ("max_steps", "epochs", "train_tokens")
     harmless = (*NEVER, *ROUNDING, *lengths)
-    changed = [n for n in {**settings, **data} if n not in harmless] + ["data"] * ("data" in data)
-    if cfg.model.dropout and "batch_size" in settings: changed.append("dropout masks")
+    if "order" in data: return "CHANGE: the order of the samples has another version"
+    changed = [n for n in settings if n not in harmless] + list(data)
+    if cfg.model.dropout and ("batch_size" in settings or "device" in facts): changed.append("dropout masks")
     if changed: return f"CHANGE by request: {', '.join(dict.fromkeys(changed))}"
     if "code" in facts: return "NOT CERTAIN: the code is another"
     if rounding := [n for n in (*facts, *settings) if n in ROUNDING]:
