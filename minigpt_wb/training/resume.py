@@ -37,6 +37,8 @@ class Start:
     accept_changed_data: bool = False    # the text may be another one
     reset_optimizer: bool = False        # without the moments
 
+    def __repr__(self) -> str: return f"Start({where(self)})"
+
     @property
     def checkpoint(self) -> Checkpoint:
         "The checkpoint; raises ValueError when it is not the one that was verified"
