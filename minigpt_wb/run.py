@@ -306,7 +306,10 @@ class Run(Status, Records):
 
     def hold(self) -> IO[str]:
         "The right to train this run, until the result is closed or this process dies; ValueError: who has it"
-        held = open(self.path / ".train.lock", "a+")
+        try: held = open(self.path / ".train.lock", "a+")
+        except OSError as e:
+            raise ValueError(f"run {self.name} cannot be written ({e}): --fork starts a run of its own "
+                             "from its checkpoint") from None
         try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:  # held, or a file system that cannot lock, where the status has to do
             if e.errno in (errno.EWOULDBLOCK, errno.EACCES) or self.state not in ENDED:

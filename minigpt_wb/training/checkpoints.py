@@ -411,11 +411,12 @@ def prune(run: Run | Path, keep_last: int, keep_every: int = 0, dry_run: bool = 
     # `dry_run`: delete nothing
     "Delete all but the last `keep_last` intact checkpoints, the best and the final ones -> their steps"
     store = store_of(run)
-    with locked(store):
+    with locked(store) if not dry_run else contextlib.nullcontext():
         stored = list_checkpoints(store)
         intact = [c for c in stored if not c.verify(quick=True)]
         if len(intact) <= keep_last: return []
-        oldest, best = intact[-keep_last].step, stored.best
+        oldest = intact[-keep_last].step
+        best = next((c for c in candidates(stored, "best") if c in intact), stored.best)
         old = [c for c in stored if c.step < oldest and c != best and not c.state.get("final")]
         doomed = [c for c in old if not keep_every or c.step % keep_every]
         if not doomed or intact[-1].verify(): return []

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ARGUMENTS', 'HELP', 'ready', 'prompt_for', 'absolute', 'from_command', 'arguments', 'find', 'file_over', 'given',
-           'open_run', 'check_name', 'link_notebook', 'check_start', 'check_optimizer']
+           'open_run', 'still_newest', 'check_name', 'link_notebook', 'check_start', 'patience_is_out',
+           'check_optimizer']
 
 # %% ../../nbs/69_training.entry.ipynb #a895cce9
 import os, shutil
@@ -12,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import DEFAULT_PRESET, ENTRY, RunConfig, read_config, resolve, take, tell
+from ..config import (DEFAULT_PRESET, ENTRY, LENGTHS, RunConfig, read_config, resolve, take,
+                               tell)
 from ..flags import from_flags, split_flags
 from ..run import Run, checked_name, runs_root
 from .._papermill import NOTEBOOK
@@ -23,7 +25,7 @@ from ..data.tokenizer import encode
 from ..model.gpt import named_function
 from ..model.objectives import resolve_objective
 from .optim import global_batch
-from .checkpoints import adopt
+from .checkpoints import adopt, list_checkpoints
 from .resume import Start, check_data, find_start, resumed_config, where
 from .state import length_of
 
@@ -132,7 +134,7 @@ def open_run(cfg: RunConfig, start: Start | None = None, runs_dir: str | Path | 
     run = start.run if again else Run.create(cfg, runs_dir, run_name, preset or ("fork" if start else "tiny"))
     run.held = run.hold()
     try:
-        if again: run.begin(start.checkpoint.step)
+        if again: still_newest(run, start).begin(start.checkpoint.step)
         elif start: adopt(run.checkpoints_dir, start.checkpoint.path)
         link_notebook(run)
     except BaseException:
@@ -140,6 +142,12 @@ def open_run(cfg: RunConfig, start: Start | None = None, runs_dir: str | Path | 
         if not again: shutil.rmtree(run.path, ignore_errors=True)  # ours, and a half one
         raise
     return run
+
+def still_newest(run: Run, start: Start) -> Run:
+    "`run`; ValueError when another process has trained it since `start` was chosen"
+    newest = max((c.step for c in list_checkpoints(run)), default=-1)
+    if start.newest in (-1, newest): return run
+    raise ValueError(f"run {run.name} got to step {newest} meanwhile: start it again")
 
 def check_name(runs_dir: str | Path | None, run_name: str | None) -> None:
     "ValueError for a run name that is none, or is taken, before an hour is spent on its text"
@@ -170,11 +178,20 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     windows = Windows(cache.train, cfg.model.context_length, cfg.training.seed)
     length = length_of(cfg, windows.n, state)
     left = length.steps > start.checkpoint.step and length.samples > (state.get("samples") or 0)
-    same = (state.get("length") or {}).get("steps") == length.steps
-    if left or (same and not state.get("final")): return True  # it was killed in its last evaluation
-    tell(f"{where(start)} has the {length.steps:,} steps that it was to have: nothing is left to train. "
-         "Give more max_steps, epochs or train_tokens to go on")
+    changed = start.checkpoint.config.differences(cfg).keys()
+    out_of_patience = patience_is_out(state) and not changed & {"patience", "min_delta"}
+    if left and not (out_of_patience and state.get("final")): return True
+    if not left and not state.get("final") and not changed & set(LENGTHS): return True  # killed at its end
+    if not start.fork and start.run.state not in ("finished", "stopped"):  # killed after its last save
+        start.run.set_status(state="finished", step=start.checkpoint.step)
+    tell(f"{where(start)} has {start.checkpoint.step:,} steps, and is to have no more than that: nothing is left "
+         "to train. Give more max_steps, epochs, train_tokens or patience to go on")
     return False
+
+def patience_is_out(state: dict[str, Any]) -> bool:
+    "Whether a saved run ended because its loss did not get lower any more"
+    stopper = state.get("stopper") or {}
+    return stopper.get("patience") is not None and stopper.get("waited", 0) >= stopper["patience"]
 
 def check_optimizer(start: Start, cfg: RunConfig) -> None:
     "ValueError when the moments of the checkpoint cannot be carried into the optimiser of `cfg`"

@@ -37,13 +37,14 @@ def resumed_at(run: Run) -> list[int]:
 # %% ../../nbs/57_training.ledger.ipynb #87219fff
 def read_ledger(run: Run, steps: int | None = None) -> list[Piece]:
     "Micro-batches that count, of the first `steps` steps or of all, by the counter of their first sample"
-    starts, found = resumed_at(run), []
-    limits = [min(starts[attempt:], default=float("inf")) for attempt in range(len(starts) + 1)]
+    starts, found = [r for r in run.follow()[0] if r.get("kind") == "resume"], []
+    positions = [number(r.get("samples"), 0) for r in starts]  # a step that was skipped moves these alone
+    limits = [min(positions[attempt:], default=float("inf")) for attempt in range(len(starts) + 1)]
     for path in run.path.glob("ledger/rank*.jsonl"):
         for row in read_lines(path)[0]:
-            if row["step"] < min(limits[row["attempt"]], float("inf") if steps is None else steps):
-                found += map(tuple, row["pieces"])
-    return sorted(p for p in found if p[1])
+            if steps is not None and row["step"] >= steps: continue
+            found += [tuple(p) for p in row["pieces"] if p[1] and p[0] < limits[row["attempt"]]]
+    return sorted(found)
 
 def samples_read(run: Run, steps: int | None = None, first: int = 0) -> int:
     "How many samples were read, each exactly once from `first` on; ValueError names a gap or what came twice"

@@ -219,10 +219,12 @@ class TensorBoard:
 
     def resume(self, step: int) -> None:
         "What an earlier start wrote beyond `step` is to be shown no more"
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-        self.add(lambda summary: [], step)
-        mark = Event(wall_time=time.time(), step=step + 1, session_log=SessionLog(status=SessionLog.START))
-        if self.writer: self.writer.write(mark.SerializeToString())
+        def mark(summary: Any) -> list[Any]:
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            start = SessionLog(status=SessionLog.START)
+            self.writer.write(Event(wall_time=time.time(), step=step + 1, session_log=start).SerializeToString())
+            return []
+        self.add(mark)
 
     def config(self, cfg: RunConfig, metrics: Iterable[str] = ("val/loss",)) -> None:
         "The config, as text and as hyperparameters that runs can be sorted by"

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['FREE', 'NEVER', 'ROUNDING', 'Start', 'find_start', 'newest_with_checkpoint', 'may_change', 'resumed_config', 'where',
-           'base_config', 'check_data', 'data_differences', 'package_hash', 'function_hash', 'environment',
+           'base_config', 'check_data', 'data_differences', 'package_hash', 'function_hash', 'processor', 'environment',
            'Certificate', 'certify', 'order_verdict', 'step_verdict', 'dropout_verdict', 'weights_verdict', 'put_aside',
            'certificate']
 
 # %% ../../nbs/58_training.resume.ipynb #66a3b976
 import hashlib, inspect, os, platform, shutil, time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 
 from ..config import RunConfig, find_root, shown
@@ -23,6 +24,7 @@ from ..run import Run, is_run, list_runs
 from ..data.cache import TokenCache
 from ..data.order import ORDER_VERSION
 from ..data.tokenizer import load_tokenizer, tokenizer_hash
+from ..model.gpt import named_function
 from ..ddp.process import Process
 from .checkpoints import (ASIDE, Checkpoint, find_checkpoint, list_checkpoints, locked,
                                              sweep)
@@ -36,6 +38,7 @@ class Start:
     fork: bool = False                   # as a new run
     accept_changed_data: bool = False    # the text may be another one
     reset_optimizer: bool = False        # without the moments
+    newest: int = -1                     # the latest step that its run had when this was chosen
 
     def __repr__(self) -> str: return f"Start({where(self)})"
 
@@ -67,16 +70,19 @@ def find_start(ref: "str | Path | Run | Checkpoint | Start", runs_dir: str | Pat
     "What `ref` names, verified; ValueError with what was searched, or when another process trains that run"
     if isinstance(ref, Start): return ref
     if not isinstance(ref, (Run, Checkpoint)):
+        ref = str(ref)
         path = Path(ref).expanduser()
         if path.is_file():
             raise ValueError(f"resume={str(ref)!r} is a file of another system: "
                              f"`minigpt checkpoints import {ref}` makes a run of it, which resumes")
-        if str(ref) == "latest": ref = newest_with_checkpoint(runs_dir)
-    if not fork and not isinstance(ref, Checkpoint): Run.open(ref, runs_dir).hold().close()
+        if ref == "latest": ref = newest_with_checkpoint(runs_dir)
     found = ref if isinstance(ref, Checkpoint) else find_checkpoint(ref, runs_dir)
     start = Start(os.path.abspath(found.path), found.sha256, fork, accept_changed_data, reset_optimizer)
-    if not fork: start.run.hold().close()
-    return start
+    if fork: return start
+    start.run.hold().close()
+    if ASIDE in Path(start.path).parts:
+        raise ValueError(f"{start.path} was put aside when its run went back: --fork makes a run of it")
+    return replace(start, newest=max(c.step for c in list_checkpoints(start.run)))
 
 def newest_with_checkpoint(runs_dir: str | Path | None) -> Run:
     "The newest run; ValueError when it has no checkpoint, naming one that has"
@@ -101,6 +107,7 @@ def resumed_config(start: Start, given: RunConfig | None = None, **settings: Any
     "The config that a run goes on with; ValueError for what cannot change, which lists what can"
     saved = base_config(start)
     cfg = (given or saved).override(**settings)
+    if cfg["vocab_size"] is None: cfg = cfg.override(vocab_size=saved["vocab_size"])
     if cfg["tokenizer"] == start.checkpoint.config["tokenizer"]:
         cfg = cfg.override(tokenizer=saved["tokenizer"])
     changed, free = saved.differences(cfg), may_change(saved)
@@ -162,14 +169,22 @@ def package_hash() -> str:
 def function_hash(function: Callable | str | None) -> str | None:
     "16 digits that stand for the source of a model or objective of one's own, None when there is none"
     if function is None: return None
-    try: source = inspect.getsource(function) if callable(function) else str(function)
-    except (OSError, TypeError): source = repr(getattr(function, "__code__", function))
-    return hashlib.sha256(source.encode()).hexdigest()[:16]
+    if isinstance(function, str): function = named_function(function, "model_fn")
+    try: source = Path(inspect.getsourcefile(function) or "").read_bytes()  # what it uses may have changed
+    except (OSError, TypeError): source = cloudpickle.dumps(function)       # of a notebook
+    return hashlib.sha256(source).hexdigest()[:16]
+
+def processor() -> str:
+    "This CPU's name and the instructions that torch uses on it: both decide how sums are rounded"
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
 
 def environment(process: Process, *functions: Callable | str | None) -> dict[str, Any]:
     "What, besides config and data, decides the bits of a run"
     own, kind = [h for f in functions if (h := function_hash(f))], process.device.type
-    device = torch.cuda.get_device_name(process.device) if kind == "cuda" else f"{kind} {platform.machine()}"
+    device = torch.cuda.get_device_name(process.device) if kind == "cuda" else f"{kind}: {processor()}"
     return {"code": "+".join([package_hash(), *own]),
             "torch": torch.__version__, "python": platform.python_version(),
             "device": device, "threads": torch.get_num_threads(), "world_size": process.world_size}
@@ -211,7 +226,7 @@ def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str]
     verdicts = {"samples": order_verdict(state, {**data, **settings}, n_windows),
                 "steps": step_verdict(cfg, settings, now["world_size"]),
                 "dropout": dropout_verdict(cfg, settings, facts),
-                "weights": weights_verdict(start, cfg, settings, facts, data)}
+                "weights": weights_verdict(start, cfg, settings, facts, data, now["device"])}
     said = {n: v for n, v in settings.items() if n != "tokenizer"}
     title = f"{'fork' if start.fork else 'resume'} of {where(start)}"
     return Certificate(title, facts | said | data, verdicts)
@@ -253,7 +268,7 @@ ROUNDING = ("batch_size", "compile", "attention", "activation_checkpointing",
             "torch", "python", "device", "threads", "world_size")
 
 def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any],
-                    data: dict[str, Any]) -> str:
+                    data: dict[str, Any], device: str) -> str:
     "How the weights will compare with those of a run that was never stopped"
     if not start.checkpoint.state.get("environment"): return "those of the file: what made them is not known"
     if start.reset_optimizer: return "CHANGE: the optimiser starts without its moments"
@@ -266,8 +281,7 @@ def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], fact
     if "code" in facts: return "NOT CERTAIN: the code is another"
     if rounding := [n for n in (*facts, *settings) if n in ROUNDING]:
         return f"equal up to the rounding of sums ({', '.join(rounding)})"
-    if "cpu" not in str(facts.get("device", cfg.training.device)) and torch.cuda.is_available():
-        return "equal up to the rounding of sums (CUDA kernels)"
+    if not device.startswith("cpu"): return "equal up to the rounding of sums (the GPU's kernels)"
     return "equal to the last bit to those of a run that was never stopped"
 
 # %% ../../nbs/58_training.resume.ipynb #1baa24c2

@@ -66,7 +66,14 @@ class Saver:
             note(f"no memory for a copy of {snapshot.bytes:,} bytes: "
                  "training waits while checkpoints are written")
             self.buffers = None
-        else: self.start(self.buffers.fit, tensors_of(snapshot))
+        else: self.start(self.take_memory, tensors_of(snapshot))
+
+    def take_memory(self, tensors: dict) -> None:
+        "What `reserve` does in its thread; without memory, saves are made on the spot"
+        try: self.buffers.fit(tensors)
+        except (OSError, RuntimeError, MemoryError) as e:
+            self.buffers = None
+            note(f"no memory for a copy ({e}): training waits while checkpoints are written")
 
     def save(self, snapshot: Snapshot) -> None:
         "Have `snapshot` written; raises what went wrong with the one before"

@@ -62,6 +62,7 @@ class Trainer:
     saved: int = -1                         # step of the latest checkpoint
     busy: bool = False                      # rank 0 was writing when the ranks last agreed
     stopping: str = ""                      # why all ranks are about to stop
+    owed: bool = False                      # an evaluation of this very step, which a stop broke off
     control: int = 0                        # bytes of control.jsonl that were read
 
     @property
@@ -118,7 +119,8 @@ def restore(t: Trainer, state: dict[str, Any]) -> None:
     t.step, t.position = int(state["step"]), int(state.get("samples") or 0)
     t.skipped, t.loss = int(state.get("skipped_steps") or 0), state.get("loss")
     t.saved = -1 if t.start.fork else t.start.checkpoint.step  # a new run has no checkpoint yet
-    t.lineage = [*(state.get("lineage") or ()), *unsaved_fork(t.run, state), t.start.event]
+    t.lineage = [*(state.get("lineage") or ()), *unsaved_fork(t.start.run, state), t.start.event]
+    t.val_loss, t.owed = state.get("val_loss"), bool(state.get("owed"))
     for name in ("best", "mark", "waited"):
         if name in (state.get("stopper") or {}): setattr(t.stopper, name, state["stopper"][name])
     if state.get("scaler") and t.scaler.is_enabled(): t.scaler.load_state_dict(state["scaler"])
@@ -192,7 +194,7 @@ def state_of(t: Trainer) -> dict[str, Any]:
     length = {"samples": t.length.samples, "steps": t.length.steps, "inputs": length_inputs(t.cfg, windows)}
     return dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, skipped_steps=t.skipped,
                 epoch=t.position // windows, n_windows=windows, seed=t.cfg.training.seed, length=length,
-                order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, stopper=asdict(t.stopper),
+                order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, owed=t.owed, stopper=asdict(t.stopper),
                 scaler=t.scaler.state_dict(), environment=t.facts, config=plain(t.cfg.tree()),
                 lineage=t.lineage, by_value=t.by_value, data=t.cache.meta["inputs"],
                 tokenizer_hash=t.cache.meta["tokenizer_hash"])

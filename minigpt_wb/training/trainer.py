@@ -22,6 +22,7 @@ from ..data.order import micro_batches, rank_share
 from ..data.batches import Batch, EvalWindows, to_device
 from ..ddp.process import group, identity, no_sync, settle, sum_over_ranks
 from .optim import clip_grad_norm, lr_at
+from .snapshot import seed_all
 from .metrics import mfu
 from .evaluation import autocast, loss_over, perplexity
 from .resume import Start, certify, data_differences, put_aside
@@ -38,7 +39,7 @@ def accumulate(t: Trainer, samples: int) -> tuple[torch.Tensor, float]:
     total, count = torch.zeros((), device=t.device), global_count(t, samples, mine)
     read = t.ledger.noting(t.step, (t.batches.micro(*m) for m in mine))
     for i, batch in enumerate(t.timer.loading(to_device(read, t.device))):
-        torch.manual_seed(dropout_key(t.cfg.training.seed, batch.first))
+        seed_all(dropout_key(t.cfg.training.seed, batch.first))
         with no_sync(t.module, last=i == len(mine) - 1), autocast(t.device, t.dtype):
             loss = t.module(batch.tokens, batch.targets)
         t.scaler.scale(loss * (world / count)).backward()
@@ -61,6 +62,7 @@ def optimiser_step(t: Trainer) -> bool:
     samples = min(t.samples_per_step, t.length.samples - t.position)
     lr = lr_at(t.step, t.cfg.optim, t.length.steps)
     for part in t.optimizer.param_groups: part["lr"] = lr
+    if next(t.core.model.buffers(), None) is not None: t.saver.fence()  # forward may change them
     loss_sum, count = accumulate(t, samples)
     t.scaler.unscale_(t.optimizer)
     norm = clip_grad_norm(t.core.parameters(), t.cfg.optim.max_grad_norm)
@@ -135,7 +137,8 @@ def evaluate(t: Trainer, max_tokens: int | None = None) -> bool:
     world = t.process.world_size
     share = watched(t, windows.share(t.process.rank, world, max_tokens), windows.most(world, max_tokens))
     with t.timer.off(): loss_sum, count = sum_over_ranks(loss_over(t.core, share, t.device, t.dtype))
-    if t.stopping: return False  # a part of the split says nothing
+    t.owed = bool(t.stopping)
+    if t.owed: return False  # a part of the split says nothing
     t.val_loss = loss_sum / count
     values = dict(val_loss=t.val_loss, val_tokens=int(count), perplexity=perplexity(t.val_loss))
     if max_tokens is None and (size := t.cache.meta["bytes"]["val"]):
@@ -163,12 +166,14 @@ def fit(t: Trainer) -> str:
     begin(t)
     with t.saver:  # whatever ends this, the last checkpoint gets to disk first
         first = t.step + 1
-        while not t.done:
+        if t.owed and not t.done: evaluate(t, t.cfg.training.eval_tokens)
+        while not t.done and not t.stopper.due:
             if t.stopping or agree(t): return end(t, "stopped", t.stopping)
             if not optimiser_step(t): continue
             if t.step == first: settle_down(t)
             if due(t, "sample_every"): write_sample(t)
-            if due(t, "eval_every") and evaluate(t, t.cfg.training.eval_tokens): break
+            if due(t, "eval_every"): evaluate(t, t.cfg.training.eval_tokens)
+            if t.stopper.due: break
             if due(t, "save_every"): save(t)
             report_saved(t)
         evaluate(t)
@@ -220,13 +225,13 @@ def begin(t: Trainer) -> None:
 
 def go_on(t: Trainer) -> None:
     "Print the certificate of a start, and write it down; put aside what the start takes back"
-    differ = data_differences(t.start.checkpoint, t.cache)
+    differ, event = data_differences(t.start.checkpoint, t.cache), t.start.event
     shown = certify(t.start, t.cfg, t.facts, differ, t.batches.n_windows)
     t.log.info(str(shown))
     if t.start.fork: t.run.set_status(parent={"run": t.start.run.name, "step": t.step})
     elif aside := put_aside(t.run, t.step):
         t.log.info(f"checkpoints of later steps were put aside: {', '.join(map(str, aside))}")
-    record(t, "event" if t.start.fork else "resume", event=t.start.event, certificate=asdict(shown))
+    record(t, "event" if t.start.fork else "resume", event=event, certificate=asdict(shown))
     if not t.start.fork: t.board.resume(t.step)
 
 def n_parameters(t: Trainer) -> int:
