@@ -128,7 +128,7 @@ def check_checkpoint(lab: Lab, c: Checkpoint, exact: bool) -> None:
     for right, found in zip(reference(lab)[c.step], tensors(c)):
         difference = diff_weights(right, found)
         distance = difference.total["relative"]
-        if difference.only or distance > (0 if exact else NEAR) or (exact and not difference.equal):
+        if any(difference.only) or distance > (0 if exact else NEAR) or (exact and not difference.equal):
             raise Lost(f"{c.path.name} is off by {distance:.3g}; {difference.rows[0]['name']} first")
 
 
