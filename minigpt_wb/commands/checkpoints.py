@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import did_you_mean, note
+from ..config import did_you_mean, note, tell
 from ..run import Run
 from ..shell import RUN, RUNS_DIR, text_table, words
 
@@ -94,7 +94,7 @@ def lineage_command(argv: list[str]) -> int:
 # %% ../../nbs/97_commands.checkpoints.ipynb #c1c83e7c
 def prune_command(argv: list[str]) -> int:
     "delete all but the last few, the best and the final ones"
-    from minigpt_wb.training.checkpoints import prune
+    from minigpt_wb.training.checkpoints import list_checkpoints, prune
     usage = "minigpt checkpoints prune RUN [--keep-last 3] [--keep-every 0] [--dry-run] [--runs-dir DIR]"
     about = ("Prints the steps that went. Nothing is deleted before the newest was read back and found\n"
              "whole; --dry-run deletes nothing. --keep-every 1000 keeps those of steps 1000, 2000, ... as\n"
@@ -104,7 +104,13 @@ def prune_command(argv: list[str]) -> int:
     keep_last = whole("keep_last", flags.pop("keep_last", 3), 1)
     keep_every = whole("keep_every", flags.pop("keep_every", 0), 0)
     dry_run = flags.pop("dry_run", False)
-    for step in prune(Run.open(ref, **flags), keep_last, keep_every, dry_run): print(step)
+    run = Run.open(ref, **flags)
+    gone = prune(run, keep_last, keep_every, dry_run)
+    for step in gone: print(step)
+    left = [c.step for c in list_checkpoints(run) if c.step not in gone]
+    what = "would be deleted" if dry_run else "deleted"
+    tell(f"{len(gone)} {what}, {', '.join(map(str, left)) or 'none'} left" + ("" if gone else
+         ": there are no more than that, or the newest does not verify"))
     return 0
 
 def whole(name: str, value: Any, least: int) -> int:
@@ -122,7 +128,7 @@ def diff_command(argv: list[str]) -> int:
     found = diff_checkpoints(*refs, **flags)
     print(text_table(row | {"shape": "x".join(map(str, row["shape"]))} for row in [found.total, *found.rows]))
     for side, names in zip((found.a, found.b), found.only):
-        if names: print(f"only in {side}: {', '.join(names)}")
+        if names: print(f"only in {side}, or there in another shape: {', '.join(names)}")
     for name, (a, b) in found.settings.items(): print(f"{name}: {a} -> {b}")
     return 0 if found.equal else 1
 

@@ -184,8 +184,8 @@ def check_start(start: Start | None, cfg: RunConfig, cache: TokenCache, world_si
     if not left and not state.get("final") and not changed & set(LENGTHS): return True  # killed at its end
     if not start.fork and start.run.state not in ("finished", "stopped"):  # killed after its last save
         start.run.set_status(state="finished", step=start.checkpoint.step)
-    tell(f"{where(start)} has {start.checkpoint.step:,} steps, and is to have no more than that: nothing is left "
-         "to train. Give more max_steps, epochs, train_tokens or patience to go on")
+    tell(f"{where(start)} has {start.checkpoint.step:,} steps, and is to have no more than that: nothing is "
+         "left to train. Give more max_steps, epochs, train_tokens or patience to go on")
     return False
 
 def patience_is_out(state: dict[str, Any]) -> bool:

@@ -222,7 +222,8 @@ class TensorBoard:
         def mark(summary: Any) -> list[Any]:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             start = SessionLog(status=SessionLog.START)
-            self.writer.write(Event(wall_time=time.time(), step=step + 1, session_log=start).SerializeToString())
+            event = Event(wall_time=time.time(), step=step + 1, session_log=start)
+            self.writer.write(event.SerializeToString())
             return []
         self.add(mark)
 
