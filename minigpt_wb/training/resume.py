@@ -226,7 +226,7 @@ def certify(start: Start, cfg: RunConfig, now: dict[str, Any], differ: list[str]
     verdicts = {"samples": order_verdict(state, {**data, **settings}, n_windows),
                 "steps": step_verdict(cfg, settings, now["world_size"]),
                 "dropout": dropout_verdict(cfg, settings, facts),
-                "weights": weights_verdict(start, cfg, settings, facts, data, now["device"])}
+                "weights": weights_verdict(start, cfg, settings, facts, data, now)}
     said = {n: v for n, v in settings.items() if n != "tokenizer"}
     title = f"{'fork' if start.fork else 'resume'} of {where(start)}"
     return Certificate(title, facts | said | data, verdicts)
@@ -268,7 +268,7 @@ ROUNDING = ("batch_size", "compile", "attention", "activation_checkpointing",
             "torch", "python", "device", "threads", "world_size")
 
 def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], facts: dict[str, Any],
-                    data: dict[str, Any], device: str) -> str:
+                    data: dict[str, Any], now: dict[str, Any]) -> str:
     "How the weights will compare with those of a run that was never stopped"
     if not start.checkpoint.state.get("environment"): return "those of the file: what made them is not known"
     if start.reset_optimizer: return "CHANGE: the optimiser starts without its moments"
@@ -281,7 +281,9 @@ def weights_verdict(start: Start, cfg: RunConfig, settings: dict[str, Any], fact
     if "code" in facts: return "NOT CERTAIN: the code is another"
     if rounding := [n for n in (*facts, *settings) if n in ROUNDING]:
         return f"equal up to the rounding of sums ({', '.join(rounding)})"
-    if not device.startswith("cpu"): return "equal up to the rounding of sums (the GPU's kernels)"
+    if not now["device"].startswith("cpu"): return "equal up to the rounding of sums (the GPU's kernels)"
+    if now["world_size"] > 2:  # DDP deals its buckets anew after a first step, and gloo sums by bucket
+        return "equal up to the rounding of sums (the order in which more than two ranks add)"
     return "equal to the last bit to those of a run that was never stopped"
 
 # %% ../../nbs/58_training.resume.ipynb #1baa24c2
