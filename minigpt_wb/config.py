@@ -261,7 +261,7 @@ def error_line(error: dict) -> str:
     names = [str(p) for p in error["loc"] if p in leaf_names()]
     two = error["type"] in ("missing", "too_long")  # betas are the one leaf with several values
     expected = "two values" if two else error["msg"].removeprefix("Input should be ")
-    return f"{names[0] if names else error['loc']}={error['input']!r} is not valid: expected {expected}"
+    return f"{names[0] if names else error['loc'][0]}={error['input']!r} is not valid: expected {expected}"
 
 # %% ../nbs/00_config.ipynb #7c74285e
 def shown(value: Any) -> str:
