@@ -80,6 +80,10 @@ class ModelConfig:
     @property
     def head_width(self) -> int: return self.head_dim or self.d_model // self.n_head
     @property
+    def n_layers(self) -> int: return self.n_layer  # as scripts of another system read them
+    @property
+    def n_heads(self) -> int: return self.n_head
+    @property
     def ff_width(self) -> int:
         if self.d_ff: return self.d_ff
         return -(-8 * self.d_model // (3 * 64)) * 64 if self.activation == "swiglu" else 4 * self.d_model

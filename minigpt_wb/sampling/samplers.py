@@ -16,10 +16,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import Amount, Count, Positive, Share, Whole, did_you_mean, ours, section, validated
+from ..config import Amount, Count, Positive, Whole, did_you_mean, ours, section, validated
 
 # %% ../../nbs/59_sampling.samplers.ipynb #74ecec69
-Sampler = Callable[[Tensor, Sequence[int]], Tensor]  # logits (V,), ids so far -> logits (V,), float32 on the CPU
+Sampler = Callable[[Tensor, Sequence[int]], Tensor]  # logits (V,) float32, ids so far -> logits (V,)
 
 def best_first(logits: Tensor, n: int) -> Tensor:
     "The ids of at least the `n` highest scores, the highest first, equal ones by id; none that is forbidden"
@@ -127,8 +127,8 @@ class Settings:
     temperature: Amount = 0.8                    # 0 always takes the likeliest, 1 is the plain model
     top_k: Count | None = 50                     # draw from so many likeliest tokens, none for all
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.9  # draw from the likeliest that make up this probability
-    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0  # draw from what is this many times as likely as the likeliest
-    repetition_penalty: Positive = 1.0           # above 1: what was there already is less likely to come again
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0  # draw from what is so many times as likely as the best
+    repetition_penalty: Positive = 1.0           # above 1: what was there comes less often again
     banned: tuple[Whole, ...] = ()               # ids that are never drawn
     stop: tuple[Annotated[str, Field(min_length=1)], ...] = ()  # texts before which it ends
     seed: Whole | None = 0                       # of the dice; none differs each time
@@ -137,7 +137,8 @@ class Settings:
         "The chain of these settings for a tokenizer of `n_ids`; raises ValueError when `top_k` is above that"
         k = self.top_k
         if k is not None and k > n_ids and k != Settings.top_k:  # what nobody chose is no mistake
-            raise ValueError(f"top_k={k} is not valid: the vocabulary has {n_ids:,} tokens, give none for all")
+            raise ValueError(f"top_k={k} is not valid: the vocabulary has {n_ids:,} tokens, "
+                             "give that or less, or none for all")
         steps = [below(n_ids)] if n_scores is None or n_scores > n_ids else []
         if self.banned: steps.append(ban(self.banned))
         if self.repetition_penalty != 1: steps.append(repetition_penalty(self.repetition_penalty))
@@ -149,7 +150,7 @@ class Settings:
         return chain(*steps)
 
 def settings(base: Settings | None = None, **values: Any) -> Settings:
-    "Settings with `values` in place of those of `base`, also from text; raises ValueError for what makes no sense"
+    "Settings with `values` in place of those of `base`, also from text; raises ValueError for a bad one"
     known, named = [f.name for f in fields(Settings)], {}
     for name, value in values.items():
         [(new, value)] = ours(name, value, {}).items()

@@ -137,7 +137,8 @@ class Difference:
         head = [f"**{self.a}** to **{self.b}**", "",
                 "| tensor | shape | relative L2 | cosine | largest |", "|---|---|---:|---:|---:|"]
         sides = zip((self.a, self.b), self.only)
-        notes = [f"\nonly in {side}, or there in another shape: {', '.join(names)}" for side, names in sides if names]
+        notes = [f"\nonly in {side}, or there in another shape: {', '.join(names)}"
+                 for side, names in sides if names]
         notes += [f"\n`{n}`: {shown(x)} to {shown(y)}" for n, (x, y) in self.settings.items()]
         return "\n".join([*head, *map(line, [self.total, *self.rows]), *notes])
 

@@ -195,7 +195,8 @@ def state_of(t: Trainer) -> dict[str, Any]:
     return dict(samples=t.position, tokens=t.position * t.cfg.model.context_length, skipped_steps=t.skipped,
                 epoch=t.position // windows, n_windows=windows, seed=t.cfg.training.seed, length=length,
                 order_version=ORDER_VERSION, loss=t.loss, val_loss=t.val_loss, owed=t.owed,
-                stopper=asdict(t.stopper), scaler=t.scaler.state_dict(), environment=t.facts, config=plain(t.cfg.tree()),
+                stopper=asdict(t.stopper), scaler=t.scaler.state_dict(), environment=t.facts,
+                config=plain(t.cfg.tree()),
                 lineage=t.lineage, by_value=t.by_value, data=t.cache.meta["inputs"],
                 tokenizer_hash=t.cache.meta["tokenizer_hash"])
 

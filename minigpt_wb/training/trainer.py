@@ -155,8 +155,10 @@ def write_sample(t: Trainer) -> None:
     how, seed, context = t.cfg.sampling, t.cfg.training.seed, t.cfg.model.context_length
     with main_alone(t, "sample"):
         if not t.process.is_main: return
-        text = generate_text(t.core.model, t.cache.tokenizer(), how.sample_prompt or "", how.max_new_tokens,
-                             how.temperature, how.top_k, how.top_p, seed, context)
+        tokenizer = t.cache.tokenizer()
+        top_k = how.top_k and min(how.top_k, len(tokenizer))  # a preset may ask for more than there are
+        text = generate_text(t.core.model, tokenizer, how.sample_prompt or "", how.max_new_tokens,
+                             how.temperature, top_k, how.top_p, seed, context_length=context, on_slide=None)
         record(t, "sample", text=text, prompt=how.sample_prompt)
         t.log.info(f"{progress(t)} | sample: {text!r}")
 
