@@ -52,10 +52,11 @@ class Uncached:
     def read(self, taken: dict[int, int] | None = None) -> dict[int, Tensor]:
         "Append the tokens `taken`, rows without one are over -> scores (V,) of the rows that go on"
         if taken is not None: self.windows.take(taken)
-        training = self.model.training
+        training = [m for m in self.model.modules() if m.training]
         self.model.eval()
         try: return {row: next_logits(self.model, ids) for row, ids in self.windows.ids.items()}
-        finally: self.model.train(training)
+        finally:
+            for m in training: m.training = True
 
 # %% ../../nbs/61_sampling.steps.ipynb #fd818124
 class Cached:
