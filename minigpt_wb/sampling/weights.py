@@ -6,7 +6,7 @@
 __all__ = ['PIECES', 'FEW', 'LARGE', 'WEIGHTS', 'Rows', 'columns_of', 'by_columns', 'by_rows', 'Narrow', 'Int8', 'BFloat16',
            'twin', 'replaceable', 'in_pieces', 'Head', 'Packed', 'pack', 'fingerprint']
 
-# %% ../../nbs/60_sampling.weights.ipynb #d13816be
+# %% ../../nbs/60_sampling.weights.ipynb #b0d33977
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# %% ../../nbs/60_sampling.weights.ipynb #aba729f5
+# %% ../../nbs/60_sampling.weights.ipynb #ecaebc87
 PIECES = 16  # of a matrix
 FEW = 64     # rows of x up to which pieces are faster than one product
 
@@ -34,7 +34,7 @@ class Rows(nn.Module):
         else: y = torch.baddbmm(self.start, self.pieces, side)                    # (PIECES, F/PIECES, N)
         return y.view(-1, len(rows)).T.contiguous().view(*x.shape[:-1], -1)       # (..., F)
 
-# %% ../../nbs/60_sampling.weights.ipynb #18359859
+# %% ../../nbs/60_sampling.weights.ipynb #c26b59e6
 def columns_of(weight: Tensor) -> Tensor:
     "A copy of weight (V, C) as columns in pieces (PIECES, C, V/PIECES), padded with zeros"
     padded = F.pad(weight, (0, 0, 0, -len(weight) % PIECES))
@@ -53,9 +53,9 @@ def by_rows(x: Tensor, weight: Tensor) -> Tensor:
     if whole < V: torch.mm(weight[whole:], side, out=out[whole:])
     return out.T.contiguous()
 
-# %% ../../nbs/60_sampling.weights.ipynb #aa1bffd7
+# %% ../../nbs/60_sampling.weights.ipynb #2dc75472
 class Narrow(nn.Module):
-    "A matrix in fewer bytes; up to `few` rows are multiplied by it as it is, more by a float copy made for them"
+    "A matrix in fewer bytes; which multiplies up to `few` rows as it is, more in a float copy"
     few: float = 16
 
     @staticmethod
@@ -73,11 +73,11 @@ class Narrow(nn.Module):
         y = y.to(x.dtype) if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)                                           # (..., F)
 
-# %% ../../nbs/60_sampling.weights.ipynb #fd8776bc
+# %% ../../nbs/60_sampling.weights.ipynb #6a9b20ff
 class Int8(Narrow):
     "int8 and a scale per row: a quarter of float32's bytes"
     @staticmethod
-    def fits(weight: Tensor) -> bool: return weight.size(1) % 16 == 0  # torch reads past the end of other rows
+    def fits(weight: Tensor) -> bool: return weight.size(1) % 16 == 0  # torch reads past the end of others
 
     def store(self, weight: Tensor) -> None:
         scale = (weight.abs().amax(1) / 127).bfloat16()
@@ -100,7 +100,7 @@ class BFloat16(Narrow):
     @property
     def weight(self) -> Tensor: return self.half.to(self.dtype)
 
-# %% ../../nbs/60_sampling.weights.ipynb #be7a0f84
+# %% ../../nbs/60_sampling.weights.ipynb #4878e1d2
 def twin(module: nn.Module, swap: Callable[[nn.Module], nn.Module], made: dict | None = None) -> nn.Module:
     "A copy in eval mode that shares every tensor; what `swap` returns stands in place of a module"
     made = {} if made is None else made
@@ -122,7 +122,7 @@ def replaceable(module: nn.Module, kept: Tensor) -> bool:
 
 
 
-# %% ../../nbs/60_sampling.weights.ipynb #d5136cc1
+# %% ../../nbs/60_sampling.weights.ipynb #001c07f9
 LARGE = 4096  # rows of a head that is worth a copy
 
 def in_pieces(weight: Tensor, rows: int) -> bool:
@@ -143,7 +143,7 @@ class Head(nn.Module):
         else: y = by_rows(x, self.weight)
         return y if self.bias is None else y + self.bias
 
-# %% ../../nbs/60_sampling.weights.ipynb #046712c1
+# %% ../../nbs/60_sampling.weights.ipynb #9ca7dce2
 class Packed:
     "A model ready for decoding, in eval mode; it is to be packed again when its weights have changed"
     def __init__(self, model: nn.Module, narrow: type[Narrow] | None = None):
@@ -163,11 +163,11 @@ class Packed:
         y = self.head(x)
         return y if self.transform is None else self.transform(y)
 
-# %% ../../nbs/60_sampling.weights.ipynb #ab37fcf0
+# %% ../../nbs/60_sampling.weights.ipynb #193041e2
 WEIGHTS = {"float32": None, "bfloat16": BFloat16, "int8": Int8}
 
 @torch.no_grad()
-def pack(model: nn.Module,          # `hidden`, `head_weight`; maybe `head_bias`, `logit_transform`, `new_cache`
+def pack(model: nn.Module,          # hidden, head_weight; maybe head_bias, logit_transform, new_cache
          weights: str = "float32",  # the model's own numbers; `bfloat16`, `int8`: fewer bytes, nearly those
         ) -> Packed:
     "`model` made ready for decoding; it is not touched itself. ValueError for other `weights`"
@@ -177,7 +177,7 @@ def pack(model: nn.Module,          # `hidden`, `head_weight`; maybe `head_bias`
         raise ValueError(f"weights='int8' on {model.head_weight.device}: it is for the CPU, pick bfloat16")
     return Packed(model, WEIGHTS[weights])
 
-# %% ../../nbs/60_sampling.weights.ipynb #7aec33e0
+# %% ../../nbs/60_sampling.weights.ipynb #3a824601
 def fingerprint(model: nn.Module) -> tuple:
     "A value that differs once any parameter or buffer of `model` has changed"
     tensors = [*model.parameters(), *model.buffers()]
