@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'SCALE', 'SHIFT', 'GREY', 'BLUE', 'visible', 'written', 'in_line', 'plain', 'seen', 'said', 'mixed', 'colour',
-           'span', 'legend', 'block', 'tokens_html', 'tokens_table', 'mean_nats', 'differences', 'surprisal_html',
-           'difference_html', 'surprisal_table', 'bars_html', 'bars_figure', 'drawable', 'divergence', 'side_by_side',
-           'parting', 'Node', 'Tree', 'node_label', 'shortened', 'tree_html']
+           'span', 'legend', 'block', 'tokens_html', 'tokens_table', 'painted', 'mean_nats', 'differences',
+           'surprisal_html', 'difference_html', 'surprisal_table', 'bars_html', 'bars_figure', 'drawable', 'divergence',
+           'side_by_side', 'parting', 'Node', 'Tree', 'node_label', 'shortened', 'tree_html']
 
 # %% ../../nbs/82_views.tokens.ipynb #2897778d
 import math
@@ -102,6 +102,14 @@ def tokens_table(tokens: Iterable[Any], start: int = 0) -> Html:
              ", ".join(f"{in_line(w)} {p:.2f}" for _, w, p in t["top"]))
             for i, t in enumerate(map(plain, tokens), start) if t["id"] is not None]
     return table(rows, ("place", "token", "p", "rank", "surprisal, nats", "entropy, nats", "likeliest"))
+
+# %% ../../nbs/82_views.tokens.ipynb #23e856ef
+def painted(token: Any, others: Sequence[Sequence[Any]] = ()) -> dict[str, Any]:
+    "What the live view draws of a token; `others`: [node, label] of texts that go on differently here"
+    t = plain(token)
+    return dict(text=seen(t), name=in_line(t["token"]), colour=colour(t["p"]), id=t["id"], p=t["p"],
+                rank=t["rank"], entropy=t["entropy"], top=[[i, in_line(w), p] for i, w, p in t["top"]],
+                others=[list(o) for o in others])
 
 # %% ../../nbs/82_views.tokens.ipynb #51995ddf
 def mean_nats(tokens: Sequence[Any]) -> float:
@@ -252,6 +260,22 @@ class Tree:
     def children(self, node: int | None) -> list[Node]:
         "Texts that branch off from `node`, or those that begin at a prompt"
         return [n for n in self.nodes if n.parent == node]
+
+    def leaving(self, node: int) -> dict[int, list[Node]]:
+        "The other texts that share the beginning of `node`, by the place at which they part from it"
+        found, here, cut, own = {}, self.nodes[node], math.inf, {node}
+        while True:
+            for n in self.children(here.id):
+                if n.id not in own and n.at <= cut: found.setdefault(n.at, []).append(n)
+            if here.parent is None: return found
+            here, cut = self.nodes[here.parent], min(cut, here.at)
+            own.add(here.id)
+            if cut in self.places(here.id): found.setdefault(cut, []).append(here)
+
+    def places(self, node: int) -> range:
+        "The places at which the tokens of `node` itself stand"
+        n = self.nodes[node]
+        return range(n.at, n.at + len(n.tokens))
 
     def walk(self, node: int | None = None, depth: int = 0) -> Iterator[tuple[int, Node]]:
         "(depth, node) of all that branches off from `node`, each before its own branches"
