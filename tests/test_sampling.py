@@ -166,7 +166,7 @@ def test_weights_that_change_change_the_text():
     opt = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
     up = lambda: model.layers[0].mlp.up
     half = lambda: {k: v * 0.5 for k, v in model.state_dict().items()}
-    changes = {"a step of the optimiser": lambda: (model(torch.tensor([[1, 2]])).sum().backward(), opt.step()),
+    changes = {"an optimiser": lambda: (model(torch.tensor([[1, 2]])).sum().backward(), opt.step()),
                "load_state_dict": lambda: model.load_state_dict(half()),
                "behind autograd's back": lambda: model.layers[1].mlp.up.weight.data.mul_(3),
                "another tensor": lambda: setattr(up(), "weight", torch.nn.Parameter(-up().weight.detach()))}
