@@ -43,7 +43,7 @@ def newest(runs_dir: str | Path | None = None) -> str:
     "The newest run that has a checkpoint; ValueError says where none was found, and how to get one"
     runs, root = list_runs(runs_dir), runs_root(runs_dir)
     if found := next((run for run in runs if list_checkpoints(run)), None): return str(found.path)
-    why = f"none of its {len(runs)} runs has one yet" if runs else "there are no runs in it"
+    why = f"no run in it has one yet ({len(runs)})" if runs else "there are no runs in it"
     raise ValueError(f"no checkpoint found: searched {root}, {why}. Train a model with `minigpt train`, "
                      "about a minute, or give the path of a checkpoint, or another --runs-dir")
 
