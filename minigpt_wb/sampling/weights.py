@@ -28,11 +28,11 @@ class Rows(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                       # (..., C)
         rows = x.reshape(-1, x.size(-1))                                          # (N, C)
-        if len(rows) > FEW: return F.linear(x, self.weight, self.bias)
+        if rows.size(0) > FEW: return F.linear(x, self.weight, self.bias)
         side = rows.T.expand(PIECES, -1, -1)                                      # (PIECES, C, N)
         if self.start is None: y = torch.bmm(self.pieces, side)
         else: y = torch.baddbmm(self.start, self.pieces, side)                    # (PIECES, F/PIECES, N)
-        return y.view(-1, len(rows)).T.contiguous().view(*x.shape[:-1], -1)       # (..., F)
+        return y.view(-1, rows.size(0)).T.contiguous().view(*x.shape[:-1], -1)       # (..., F)
 
 # %% ../../nbs/60_sampling.weights.ipynb #c26b59e6
 def columns_of(weight: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Narrow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                                        # (..., C)
         rows = x.reshape(-1, x.size(-1))                                           # (N, C)
-        if len(rows) > self.few: return F.linear(x, self.weight, self.bias)
+        if rows.size(0) > self.few: return F.linear(x, self.weight, self.bias)
         y = self.multiply(rows.bfloat16())                                         # (N, F) bfloat16
         y = y.to(x.dtype) if self.bias is None else y + self.bias
         return y.view(*x.shape[:-1], -1)                                           # (..., F)
