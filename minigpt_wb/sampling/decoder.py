@@ -110,7 +110,8 @@ def judge(logits: Tensor, token: int, tokenizer: "PreTrainedTokenizerFast", n: i
 # %% ../../nbs/62_sampling.decoder.ipynb #017301ae
 class Ready:
     "What decoding keeps of a model: a lock, and its packed weights by kind"
-    def __init__(self): self.lock, self.print, self.packed = threading.RLock(), None, {}
+    def __init__(self):
+        self.lock, self.print, self.packed, self.small = threading.RLock(), None, {}, None
 
     def pack(self, model: torch.nn.Module, weights: str):
         "The packed model, made anew when a weight has changed; call under the lock"
@@ -126,10 +127,13 @@ def ready(model: torch.nn.Module) -> Ready:
 @contextmanager
 def few_threads(model: torch.nn.Module) -> Iterator[None]:
     "One thread for a small model on a CPU: its products are so short that threads mostly wait for each other"
-    threads, small = torch.get_num_threads(), sum(p.numel() for p in model.parameters()) < 10_000_000
-    if small: torch.set_num_threads(1)
+    threads, held = torch.get_num_threads(), ready(model)
+    if held.small is None:  # counted once: it takes as long as a layer
+        held.small = sum(p.numel() for p in model.parameters()) < 10_000_000
+    if held.small: torch.set_num_threads(1)
     try: yield
-    finally: torch.set_num_threads(threads)
+    finally:
+        if held.small: torch.set_num_threads(threads)
 
 # %% ../../nbs/62_sampling.decoder.ipynb #d7816056
 class Row:
