@@ -1,15 +1,15 @@
 """Speed of writing, against Hugging Face's generate, nanoGPT's generate, and what memory allows.
 
-    python bench/generate.py [--peer PATH_TO_NANOGPT] [--shape words bytes] [--batch-size 1 16] [--threads 1 2]
+    python bench/generate.py [--peer PATH_TO_NANOGPT] [--shape words] [--batch-size 1 16] [--threads 1 2]
     python bench/generate.py --first       the first token of a long prompt, against one forward pass
-    python bench/generate.py --agreement   how often int8 picks the token that float32 picks, on a trained model
+    python bench/generate.py --agreement   how often int8 picks the token that float32 picks
 
 Contenders live in processes of their own and take turns (A B C, C B A, ...). All have the same weights and
 continue the same prompts greedily; the ids must be equal before anything is timed. Ours goes through
 `sampling.decoder.generate`, text and stop strings included. The limit reads every weight once per token and
 does nothing else. One thread is timed by the process's own CPU clock, two by the wall.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 SHAPES = dict(words=dict(vocab_size=50304), bytes=dict(vocab_size=256))
@@ -72,9 +72,9 @@ def hf(args):
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
     model = GPT2LMHeadModel(GPT2Config(
-        vocab_size=SHAPES[args.shape]["vocab_size"], n_positions=SIZE["context_length"], n_embd=SIZE["d_model"],
-        n_layer=SIZE["n_layer"], n_head=SIZE["n_head"], activation_function="gelu", bos_token_id=0,
-        eos_token_id=None)).eval()
+        vocab_size=SHAPES[args.shape]["vocab_size"], n_positions=SIZE["context_length"],
+        n_embd=SIZE["d_model"], n_layer=SIZE["n_layer"], n_head=SIZE["n_head"], activation_function="gelu",
+        bos_token_id=0, eos_token_id=None)).eval()
     matrices = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
     model.load_state_dict({k: v.T if k.endswith(matrices) else v for k, v in their_weights(args).items()})
     rows = prompts(args, args.prompt)
@@ -165,8 +165,8 @@ def measure(args, shape, batch_size, threads):
 def show(rows):
     "The rows as text"
     spread = lambda r: f"{r[0]:.2f} [{r[1]:.2f}..{r[2]:.2f}]" if r else ""
-    print(f"{'shape':6} {'batch':>5} {'thr':>3} {'contender':9} {'tok/s':>7} {'to hf':>19} {'to nanoGPT':>22} "
-          f"{'of limit':>8} {'same ids':>8}")
+    print(f"{'shape':6} {'batch':>5} {'thr':>3} {'contender':9} {'tok/s':>7} {'to hf':>19} "
+          f"{'to nanoGPT':>22} {'of limit':>8} {'same ids':>8}")
     for r in rows:
         same = "" if r["same_ids"] is None else f"{r['same_ids']:.0%}"
         print(f"{r['shape']:6} {r['batch_size']:5} {r['threads']:3} {r['contender']:9} {r['tok_per_s']:7.0f} "
@@ -174,49 +174,100 @@ def show(rows):
               flush=True)
 
 
-def first(args):
-    "The first token of a prompt of 1,000 against one forward pass: the body, and the head on the last row"
+def first_turns(args, shape, threads):
+    "Seconds of [a first token, a forward pass] of a prompt of 1,000, in turns"
     import torch
     from minigpt_wb.sampling.decoder import generate
+    torch.set_num_threads(threads)
+    args.shape, args.batch_size, clock = shape, 1, time.process_time if threads == 1 else time.perf_counter
+    model, tokenizer, row = our_model(args), our_tokenizer(args), prompts(args, 1000)
+    how = dict(max_new_tokens=1, temperature=0)
+
+    @torch.no_grad()
+    def forward(): return (model.hidden(row)[:, -1] @ model.head_weight.T).argmax(-1).tolist()
+    def one(): return generate(model, tokenizer, row.tolist(), **how)[0].ids
+    assert one() == forward()
+    turns = []
+    for i in range(args.rounds):
+        took = {}
+        for f in (one, forward) if i % 2 else (forward, one):
+            start = clock(); f(); took[f] = clock() - start
+        turns.append((took[one], took[forward]))
+    return turns
+
+
+def first(args):
+    "The first token against one forward pass: the body, and the head on the last row"
     rows = []
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        clock = time.process_time if threads == 1 else time.perf_counter
-        for shape in args.shape:
-            args.shape, args.batch_size = shape, 1
-            model, tokenizer, row = our_model(args), our_tokenizer(args), prompts(args, 1000)
-            def forward():
-                with torch.no_grad(): return model.hidden(row)[:, -1] @ model.head_weight.T
-            def one(): return generate(model, tokenizer, row.tolist(), max_new_tokens=1, temperature=0)[0].ids
-            assert one() == forward().argmax(-1).tolist()
-            times = {f: [] for f in (one, forward)}
-            for i in range(args.rounds):
-                for f in (one, forward) if i % 2 else (forward, one):
-                    start = clock(); f(); times[f].append(clock() - start)
-            ratios = [a / b for a, b in zip(times[one], times[forward])]
-            rows.append(dict(shape=shape, threads=threads, first_ms=1e3 * statistics.median(times[one]),
-                             forward_ms=1e3 * statistics.median(times[forward]),
-                             ratio=(statistics.median(ratios), min(ratios), max(ratios))))
-            print(f"{shape:6} {threads} threads: first token {rows[-1]['first_ms']:.0f} ms, one forward pass "
-                  f"{rows[-1]['forward_ms']:.0f} ms, ratio {rows[-1]['ratio'][0]:.2f} "
-                  f"[{min(ratios):.2f}..{max(ratios):.2f}]", flush=True)
+    for shape, threads in [(s, t) for s in args.shape for t in args.threads]:
+        turns = first_turns(args, shape, threads)
+        ratios, (one, forward) = [a / b for a, b in turns], map(statistics.median, zip(*turns))
+        rows.append(dict(shape=shape, threads=threads, first_ms=1e3 * one, forward_ms=1e3 * forward,
+                         ratio=(statistics.median(ratios), min(ratios), max(ratios))))
+        print(f"{shape:6} {threads} threads: first token {1e3 * one:.0f} ms, one forward pass "
+              f"{1e3 * forward:.0f} ms, ratio {statistics.median(ratios):.2f} "
+              f"[{min(ratios):.2f}..{max(ratios):.2f}]", flush=True)
     return rows
+
+
+def some_text(n):
+    "At least `n` characters of Python's standard library, the built-in corpus: train, then the rest"
+    from itertools import islice
+    from minigpt_wb.config import CorpusConfig
+    from minigpt_wb.data.corpus import open_corpus
+    documents, parts = open_corpus(CorpusConfig(data="stdlib")).documents(), [[], []]
+    for i, text in enumerate(islice(documents, 10_000)):
+        parts[i % 10 == 9].append(text)
+        if sum(map(len, parts[0])) > n: return parts
+
+
+def trained(args):
+    "A small model after some steps on the built-in corpus, and token ids that it was not trained on"
+    import torch
+    from minigpt_wb.config import ModelConfig, OptimConfig
+    from minigpt_wb.data.tokenizer import bpe_tokenizer, encode
+    from minigpt_wb.model.gpt import GPT
+    from minigpt_wb.model.objectives import TrainStep
+    from minigpt_wb.training.optim import clip_grad_norm, make_optimizer
+    train, rest = some_text(3_000_000)
+    tokenizer = bpe_tokenizer(train, 4096)
+    ids, held = (torch.cat([torch.from_numpy(i).long() for i in encode(tokenizer, t)]) for t in (train, rest))
+    torch.manual_seed(0)
+    model = GPT(ModelConfig(n_layer=4, n_head=4, d_model=256, context_length=256, vocab_size=4096))
+    opt = make_optimizer(model, OptimConfig(learning_rate=2e-3, weight_decay=0.1, betas=(0.9, 0.95)), "cpu")
+    step = TrainStep(model)
+    for i in range(args.steps):
+        for group in opt.param_groups: group["lr"] = 2e-3 * min(1, (i + 1) / 20, 2 * (1 - i / args.steps))
+        rows = torch.stack([ids[j:j + 129] for j in torch.randint(len(ids) - 129, (8,)).tolist()])
+        loss = step(rows[:, :-1], rows[:, 1:]) / rows[:, 1:].numel()
+        loss.backward()
+        clip_grad_norm(list(model.parameters()), 1.0)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
+    return model, held, loss.item()
 
 
 def agreement(args):
     "Share of 2,000 positions at which narrow weights pick what float32 picks, both reading the same text"
     import torch
-    from minigpt_wb.config import CorpusConfig, ModelConfig, OptimConfig
-    from minigpt_wb.data.corpus import open_corpus, split_documents
-    from minigpt_wb.data.tokenizer import bpe_tokenizer, encode
-    from minigpt_wb.model.gpt import GPT
-    from minigpt_wb.model.objectives import TrainStep
     from minigpt_wb.sampling.weights import pack
-    from minigpt_wb.training.optim import clip_grad_norm, make_optimizer
-    text = {"train": [], "val": []}
-    for piece in split_documents(open_corpus(CorpusConfig(data="stdlib")), 0.1):
-        if sum(map(len, text[piece.split])) < dict(train=4e6, val=4e5)[piece.split]: text[piece.split].append(piece.text)
-    print({k: len(v) for k, v in text.items()})
+    torch.set_num_threads(1)  # on a busy machine two take longer than one
+    start = time.perf_counter()
+    model, held, loss = trained(args)
+    seconds, rows, picked = time.perf_counter() - start, held[:16 * 125].view(16, 125), {}
+    for weights in WEIGHTS:
+        packed = pack(model, weights)
+        cache, picked[weights] = packed.new_cache(16, 125), []
+        with torch.no_grad():
+            for i in range(125):  # one token at a time, as writing does
+                logits = packed.logits(packed.hidden(rows[:, i:i + 1], cache=cache)[:, -1])
+                picked[weights].append(logits.argmax(-1))
+    picked = {weights: torch.stack(ids) for weights, ids in picked.items()}
+    same = {weights: (ids == picked["float32"]).float().mean().item() for weights, ids in picked.items()}
+    print(f"{args.steps} steps of 8 x 128 on the standard library's source, {seconds:.0f} s, "
+          f"last loss {loss:.2f} nats per token of 4,096; picks the same as float32 at 2,000 positions: "
+          + ", ".join(f"{w} {share:.1%}" for w, share in same.items() if w != "float32"))
+    return [dict(steps=args.steps, seconds=seconds, loss=loss, **same)]
 
 
 def main():
@@ -230,7 +281,7 @@ def main():
     p.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     p.add_argument("--new", type=int, default=100, help="tokens to write")
     p.add_argument("--first", action="store_true", help="only the first token of a prompt of 1,000 tokens")
-    p.add_argument("--agreement", action="store_true", help="only train a small model and compare int8 with it")
+    p.add_argument("--agreement", action="store_true", help="only compare int8 with a trained model")
     p.add_argument("--steps", type=int, default=300, help="of training, for --agreement")
     p.add_argument("--json", help="write the rows there")
     p.add_argument("--worker", help=argparse.SUPPRESS)
