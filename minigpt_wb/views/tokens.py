@@ -239,12 +239,12 @@ class Tree:
         return self.nodes[-1]
 
     def branch(self, node: int, at: int, token: Any, **about: Any) -> Node:
-        "A new text: the path of `node` up to place `at`, then `token`"
+        "A new text: the path of `node` up to place `at`, then `token`; its parent is whose token it replaces"
         if not 0 <= at < len(path := self.path(node)):
             raise ValueError(f"text {node} has {len(path)} tokens: "
                              f"there is none at place {at} to branch from")
         parent = self.nodes[node]
-        while parent.parent is not None and at < parent.at: parent = self.nodes[parent.parent]
+        while parent.parent is not None and at <= parent.at: parent = self.nodes[parent.parent]
         self.nodes.append(Node(len(self.nodes), parent.id, at, parent.prompt, [plain(token)], about))
         return self.nodes[-1]
 

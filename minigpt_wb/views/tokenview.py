@@ -184,7 +184,7 @@ export default () => {
 
 # %% ../../nbs/81_views.tokenview.ipynb #d7fc1829
 CSS = """
-.tv-text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 6em; padding: 4px 2px;
+.tv-text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 4em; padding: 4px 2px;
   color: var(--jp-content-font-color1, #111); font-size: 14px;
   font-family: var(--jp-content-font-family, sans-serif)}
 .tv-prompt {unicode-bidi: isolate; font-weight: 600}
@@ -233,6 +233,7 @@ class TokenView(anywidget.AnyWidget):
     def show(self, prompt: str, tokens: Sequence[dict[str, Any]] = ()) -> None:
         "Another text"
         with self.hold_sync():
+            self.tokens = []  # so that the same tokens once more are sent, too: the page may not have them
             self.prompt, self.tokens, self.version = prompt, list(tokens), self.version + 1
             self.count, self.opened = len(tokens), -1
 
