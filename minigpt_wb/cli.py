@@ -14,6 +14,7 @@ from .config import did_you_mean, tell
 from .run import ENDED, Run, list_runs
 from .shell import RUN, RUNS_DIR, text_table, words
 from .commands.checkpoints import checkpoints_command
+from .commands.generate import chat_command, generate_command
 
 # %% ../nbs/99_cli.ipynb #2870284c
 def prepare_command(argv: list[str]) -> int:
@@ -79,8 +80,9 @@ def stop_command(argv: list[str]) -> int:
 
 # %% ../nbs/99_cli.ipynb #5787ad63
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "prepare": prepare_command, "train": train_command, "eval": eval_command, "runs": runs_command,
-    "checkpoints": checkpoints_command, "stop": stop_command,
+    "prepare": prepare_command, "train": train_command, "eval": eval_command,
+    "generate": generate_command, "chat": chat_command,
+    "runs": runs_command, "checkpoints": checkpoints_command, "stop": stop_command,
 }
 
 def usage() -> str:
