@@ -10,7 +10,7 @@ __all__ = ['HIDDEN', 'PLACES', 'WEIGHTS', 'TEXTS', 'INTERACTIVE', 'OTHERS', 'BET
            'generate_command', 'write', 'open_aloud', 'nearby', 'greeting', 'command_in', 'prompt_of', 'Chat',
            'clear_screen', 'history', 'next_line', 'converse', 'talk', 'chat_command']
 
-# %% ../../nbs/98_commands.generate.ipynb #4777f509
+# %% ../../nbs/98_commands.generate.ipynb #96c8817c
 import json, os, re, signal, sys, threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minigpt_wb.sampling.open import Opened
     from minigpt_wb.sampling.samplers import Settings
 
-# %% ../../nbs/98_commands.generate.ipynb #a468e5e9
+# %% ../../nbs/98_commands.generate.ipynb #4297baad
 HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 def visible(text: str) -> str:
@@ -42,14 +42,16 @@ def survive_odd_bytes() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors=errors)
 
-# %% ../../nbs/98_commands.generate.ipynb #81ec60c9
+# %% ../../nbs/98_commands.generate.ipynb #972ab3e4
 def unescaped(text: str) -> str:
     r"`\n`, `\t` and `\\` as what they stand for; any other backslash stays"
     return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
 
 def decoded(data: bytes, source: str | Path) -> str:
+    "Bytes as text, or a ValueError that says where `source` is none"
     try: return data.decode("utf-8-sig")
-    except UnicodeDecodeError as e: raise ValueError(f"{source} is not UTF-8 text at byte {e.start}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{source} is not UTF-8 text at byte {e.start}") from None
 
 def checked(prompt: str) -> str:
     "`prompt`, or a ValueError when it is no text"
@@ -72,7 +74,7 @@ def prompt_in(line: str, place: str) -> str:
     if isinstance(found, dict) and isinstance(found.get("prompt"), str): return checked(found["prompt"])
     raise ValueError(f'{place} is not a JSON object with a "prompt": {line[:60]!r}')
 
-# %% ../../nbs/98_commands.generate.ipynb #6b4193e9
+# %% ../../nbs/98_commands.generate.ipynb #a2e20014
 def prompts_of(given: dict[str, Any]) -> list[str]:
     "The prompts that the flags `given` name, taken out of them; else stdin is one, unless it is a terminal"
     prompt, file = given.pop("prompt", None), given.pop("prompts_file", None)
@@ -84,7 +86,7 @@ def prompts_of(given: dict[str, Any]) -> list[str]:
                          "`minigpt chat` asks for prompts")
     return [decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n").removesuffix("\r")]
 
-# %% ../../nbs/98_commands.generate.ipynb #12462532
+# %% ../../nbs/98_commands.generate.ipynb #39b9996b
 PLACES = RUNS_DIR | {
     "checkpoint": "RUN, RUN@500 or a path, as the word", "device": "auto, cuda, mps or cpu",
     "tokenizer": "bytes, hf:NAME or a folder, for a file that holds none",
@@ -119,7 +121,7 @@ def shown(value: Any) -> str:
     if not isinstance(value, tuple): return str(value)
     return ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value)
 
-# %% ../../nbs/98_commands.generate.ipynb #2b180003
+# %% ../../nbs/98_commands.generate.ipynb #38b00e71
 def changed(how: "Settings | None", values: dict[str, Any]) -> "Settings":
     "`how` with what was typed, by any of its names; ValueError for what makes no sense"
     from minigpt_wb.sampling.samplers import settings
@@ -142,14 +144,16 @@ def fits(opened: "Opened", how: "Settings") -> "Settings":
 
 def told_apart(ref: list[str], given: dict[str, Any]) -> tuple["Settings", dict[str, Any], dict[str, Any]]:
     "(settings, arguments of `open_model`, options of `stream_all`) of a command's word and flags"
+    from minigpt_wb.model.gpt import named_function
     places = {k: given.pop(k) for k in PLACES if k in given}
     if ref and "checkpoint" in places:
         raise ValueError(f"there is both {ref[0]!r} and --checkpoint {places['checkpoint']}: give one")
+    if "model_fn" in places: places["model_fn"] = named_function(places["model_fn"], "model_fn")
     options = {k: given.pop(k) for k in WEIGHTS if k in given}
     places["ref"] = places.pop("checkpoint", ref[0] if ref else None)
     return changed(None, given), places, options
 
-# %% ../../nbs/98_commands.generate.ipynb #f64e05be
+# %% ../../nbs/98_commands.generate.ipynb #f3f72529
 @contextmanager
 def first_interrupt() -> Iterator[threading.Event]:
     "An event that the first Ctrl-C sets; the second one interrupts as usual"
@@ -164,7 +168,7 @@ def first_interrupt() -> Iterator[threading.Event]:
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/98_commands.generate.ipynb #9d13fdb7
+# %% ../../nbs/98_commands.generate.ipynb #d88d2b88
 BETWEEN, AT_ONCE = "---\n", 16
 
 def pieces(opened: "Opened", prompt: str, how: "Settings", **options: Any) -> Iterator[str]:
@@ -190,7 +194,7 @@ def samples_of(prompts: list[str], how: "Settings", n: int) -> list[tuple[str, "
     seeds = [None if how.seed is None else how.seed + i for i in range(n)]
     return [(prompt, settings(how, seed=seed)) for prompt in prompts for seed in seeds]
 
-# %% ../../nbs/98_commands.generate.ipynb #c3ed56da
+# %% ../../nbs/98_commands.generate.ipynb #55150076
 def free_path(name: str, force: bool) -> Path:
     "The path of a file that can be written; ValueError when it is there, unless `force`"
     path = Path(name).expanduser()
@@ -217,7 +221,7 @@ def print_texts(opened: "Opened", wanted: list[tuple[str, "Settings"]], **option
         return put("\n")
     for i, found in enumerate(texts(opened, wanted, **options)): put(BETWEEN * (i > 0) + f"{found}\n")
 
-# %% ../../nbs/98_commands.generate.ipynb #ec0c4e6f
+# %% ../../nbs/98_commands.generate.ipynb #9cf18298
 def generate_command(argv: list[str]) -> int:
     "write text after a prompt, with any checkpoint"
     from minigpt_wb.sampling.open import open_model
@@ -255,7 +259,7 @@ def write(opened: "Opened", wanted: list[tuple[str, "Settings"]], output: Path |
     tell("interrupted")
     return 130
 
-# %% ../../nbs/98_commands.generate.ipynb #d5d1e314
+# %% ../../nbs/98_commands.generate.ipynb #736023ec
 RULE, PROMPT = "=" * 50, "Enter your prompt: "
 ENDS = ("quit", "exit", "q")
 HELP = r"""Commands:
@@ -296,7 +300,7 @@ def greeting(opened: "Opened") -> str:
                       "Interactive Text Generation Mode", "Type 'quit' to exit, 'help' for options",
                       RULE, "\n"])
 
-# %% ../../nbs/98_commands.generate.ipynb #11af842b
+# %% ../../nbs/98_commands.generate.ipynb #e3ef6550
 def command_in(line: str) -> tuple[str, str] | None:
     "(command, what comes after it), or None when the line is a prompt"
     word, _, rest = line.strip().partition(" ")
@@ -308,7 +312,7 @@ def prompt_of(line: str) -> str:
     "The prompt in a line: less the backslash before a command"
     return line[1:] if line[:1] == "\\" and command_in(line.lstrip("\\")) else line
 
-# %% ../../nbs/98_commands.generate.ipynb #587b10e2
+# %% ../../nbs/98_commands.generate.ipynb #b8d55649
 class Chat:
     "One model, and how it writes"
     def __init__(self, opened: "Opened", how: "Settings", **options: Any):
@@ -347,8 +351,9 @@ class Chat:
         else: self.answer(prompt_of(line))
         return True
 
-# %% ../../nbs/98_commands.generate.ipynb #eef55848
+# %% ../../nbs/98_commands.generate.ipynb #5fb8b887
 def clear_screen() -> None:
+    "Clear the terminal, if it is one"
     if sys.stdout.isatty(): print("\x1b[2J\x1b[H", end="", flush=True)
 
 @contextmanager
@@ -379,7 +384,7 @@ def next_line() -> str | None:
     put(visible(line) if line.endswith("\n") else f"{visible(line)}\n")
     return line.removesuffix("\n") if line else None
 
-# %% ../../nbs/98_commands.generate.ipynb #12fab797
+# %% ../../nbs/98_commands.generate.ipynb #fd1efcef
 def converse(chat: Chat) -> int:
     "Lines in, answers out, until the end -> exit status"
     with history():
