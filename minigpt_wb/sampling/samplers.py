@@ -36,7 +36,8 @@ def temperature(t: float) -> Sampler:
     "Divide the scores by `t`; 0 leaves only the best one: greedy"
     if not (t >= 0 and math.isfinite(t)):
         raise ValueError(f"temperature={t} is not valid: expected 0 (greedy) or more, 1 is the plain model")
-    return (lambda logits, ids=(): logits / t) if t > 0 else top_k(1)
+    if t == 0: return lambda logits, ids=(): only(logits, logits.argmax(0, keepdim=True))  # first of equals
+    return lambda logits, ids=(): logits / t
 
 def top_k(k: int) -> Sampler:
     "Keep the `k` highest scores, the first of equal ones"
