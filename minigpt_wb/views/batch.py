@@ -66,7 +66,8 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     writer.writerows(rows)
     return out.getvalue()
 
-KINDS = {".jsonl": lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), ".csv": as_csv,
+KINDS = {".jsonl": lambda rows: "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows),
+         ".csv": as_csv,
          ".txt": lambda rows: "".join(f"{r['prompt']}{r['text']}\n{'-' * 40}\n" for r in rows)}
 
 def save_rows(rows: Sequence[dict[str, Any]], path: str | Path, replace: bool = False) -> Path:
