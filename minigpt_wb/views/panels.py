@@ -198,7 +198,7 @@ class History(Panel):
         self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=WIDE, layout=BROAD)
         self.one = W.Button(description="Write", tooltip="Write with the checkpoint that the slider is at")
         self.at = W.SelectionSlider(options=self.picker.checkpoints(), description="Checkpoint", style=WIDE,
-                                    layout=BROAD)
+                                    layout=BROAD, readout=False)  # the line below says it whole
         self.head, self.view, self.waiting = W.HTML(), TokenView(choosable=False), False
         self.go.on_click(lambda _: self.begin([ref for _, ref in self.at.options]))
         self.one.on_click(lambda _: self.begin([self.at.value]))

@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'totals', 'totals_html', 'most_different', 'different_html',
 # %% ../../nbs/85_views.readings.ipynb #cf5219c9
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def most_different(a: Sequence[Any], b: Sequence[Any], n: int = 10) -> list[dict
 
 def different_html(a: Sequence[Any], b: Sequence[Any], names: Sequence[str], n: int = 10) -> Html:
     "The same as a table"
-    rows = [(r["place"], in_line(r["before"]), in_line(r["token"]), r["first"], r["second"],
+    rows = [(r["place"], in_line(r["before"]), f"'{in_line(r['token'])}'", r["first"], r["second"],
              f"{r['difference']:+.4f}") for r in most_different(a, b, n)]
     heads = ("place", "after", "token", *(f"{in_line(name)}, nats" for name in names), "difference")
     return Html(f"<div><b>Where they differ most</b></div>{table(rows, heads)}") if rows else Html("")
@@ -132,9 +133,11 @@ def entropies(scores: Tensor, tokenizer: "PreTrainedTokenizerFast", how: Setting
 def next_html(scores: Tensor, tokenizer: "PreTrainedTokenizerFast", how: Settings, n: int = 20) -> Html:
     "Bars of the likeliest next tokens, and what can come at all"
     e = entropies(scores, tokenizer, how)
-    can = "1 token" if e["can"] == 1 else f"{e['can']:,} tokens"
-    return Html(f"<div>entropy {e['model']:.3f} nats of the model's, {e['drawn']:.3f} nats as drawn: "
-                f"{can} of {len(scores):,} can come</div>{bars_html(next_bars(scores, tokenizer, how, n))}")
+    bars = [replace(b, token=f"'{b.token}'") for b in next_bars(scores, tokenizer, how, n)]  # spaces are seen
+    largest = max(max(b.p, b.drawn) for b in bars)
+    said = f"entropy of the model {e['model']:.3f} nats, as drawn {e['drawn']:.3f} nats"
+    return Html(f"<div>{said}: {e['can']:,} of {len(scores):,} tokens can come</div>"
+                f"{bars_html(bars, round(260 / largest))}")
 
 # %% ../../nbs/85_views.readings.ipynb #f46a0b06
 class NextToken(Panel):

@@ -21,8 +21,8 @@ def three(tmp_path_factory):
     "A folder with a run of three checkpoints"
     from minigpt_wb.train import launch
     folder = tmp_path_factory.mktemp("three")
-    tiny = dict(preset="debug", data="toy", n_layer=1, d_model=32, context_length=64, batch_size=4, max_steps=30,
-                save_every=10, eval_every=10, keep_last=5, tensorboard=False)
+    tiny = dict(preset="debug", data="toy", n_layer=1, d_model=32, context_length=64, batch_size=4,
+                max_steps=30, save_every=10, eval_every=10, keep_last=5, tensorboard=False)
     launch(runs_dir=folder, run_name="tiny", gpus="1", progress=False, **tiny).wait(progress=False)
     return folder
 
@@ -60,6 +60,8 @@ class App:
             seed = self.label("Seed").input_value()
             self.app.get_by_role("button", name="Dice").click()  # its icon is a part of the name
             expect(self.label("Seed")).not_to_have_value(seed)
+        self.label("Seed").fill("7")
+        self.label("Seed").press("Tab")
 
     def refresh(self, nth=0):
         for _ in range(2):
@@ -102,7 +104,8 @@ class App:
 @pytest.fixture
 def open_app(open_nb, three):
     def go(module, name, *before, delay=0, slow="", **values):
-        call = f"from minigpt_wb.views.{module} import {name}\npanel = {name}({str(three)!r}, **{values!r}); panel"
+        call = f"panel = {name}({str(three)!r}, **{values!r}); panel"
+        call = f"from minigpt_wb.views.{module} import {name}\n{call}"
         cells = [SLOWLY.format(module=module, name=slow, delay=delay)] if slow else []
         nb = open_nb(*cells, *before, call)
         nb.run_all()
@@ -125,7 +128,8 @@ def test_compare(open_app):
     texts = []
     for _ in range(2):
         p.button("Generate").click()
-        expect(p.status).to_contain_text("done: 59 and 59 tokens", timeout=30_000)
+        expect(p.status).to_contain_text("generating")
+        expect(p.status).to_contain_text(re.compile(r"done: \d+ and \d+ tokens"), timeout=30_000)
         expect(p.app.locator(".tv-branched")).to_have_count(2)
         texts.append(p.app.locator(".tv-text").all_inner_texts())
     assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
@@ -155,15 +159,14 @@ def test_history(open_app):
     texts = [p.app.locator(".tv-text").inner_text()]
     for step in (20, 10):
         p.press("Checkpoint")
-        expect(p.readout("Checkpoint")).to_contain_text(f"step {step}")
         head = p.app.locator(".widget-html").filter(has_text=f"step {step}").last
-        expect(head).to_contain_text("40 tokens")
+        expect(head).to_contain_text(re.compile(r"\d+ tokens"))
         texts.append(p.app.locator(".tv-text").inner_text())
     assert len(set(texts)) == 3
     p.dark("history")
     p.reload()
     assert p.app.locator(".tv-text").inner_text() == texts[2]
-    expect(p.readout("Checkpoint")).to_contain_text("step 10")
+    expect(p.app).to_contain_text("step 10")
     p.label("Prompt").fill(HARM)
     for _ in range(2):
         p.button("Write", 0).click()
@@ -228,8 +231,8 @@ def test_next_token(open_app):
         before = bars.inner_text()
         p.press(name, key)
         expect(bars).not_to_have_text(before, use_inner_text=True)
-    expect(p.app).to_contain_text("1 token of")
-    expect(p.app).to_contain_text(re.compile(r"entropy \d\.\d+ nats"))
+    expect(p.app).to_contain_text("1 of 257 tokens")
+    expect(p.app).to_contain_text(re.compile(r"entropy of the model \d\.\d+ nats"))
     p.press("Temperature", "End")
     p.dark("next")
     p.reload()
