@@ -200,7 +200,8 @@ def test_surprisal(open_app):
         expect(p.status).to_contain_text("done", timeout=60_000)
         for word in ("bits per byte", "nats per token", "Where they differ most", "tiny@30", "tiny@10"):
             expect(p.app).to_contain_text(word)
-    assert "<script>window.XSS=2</script></div>\\u202e\\x07&lt;" in p.app.inner_text()
+    tokens = "<script>window.XSS=2</script></div>\\xe2\\x80\\xae\\x07&lt;"  # they are bytes
+    assert tokens in p.app.inner_text()
     p.dark("surprisal")
     before = p.app.inner_text()
     p.reload()
