@@ -22,7 +22,7 @@ from ..config import note
 from ..data.tokenizer import byte_names, decode, encode, end_token
 from .samplers import Settings, check_scores, dice, draw, settings
 from .steps import Cached, Uncached
-from .weights import fingerprint, pack
+from .weights import pack
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
@@ -111,13 +111,13 @@ def judge(logits: Tensor, token: int, tokenizer: "PreTrainedTokenizerFast", n: i
 class Ready:
     "What decoding keeps of a model: a lock, and its packed weights by kind"
     def __init__(self):
-        self.lock, self.print, self.packed, self.small = threading.RLock(), None, {}, None
+        self.lock, self.packed, self.small = threading.RLock(), {}, None
 
     def pack(self, model: torch.nn.Module, weights: str):
         "The packed model, made anew when a weight has changed; call under the lock"
-        if (now := fingerprint(model)) != self.print: self.print, self.packed = now, {}
-        if weights not in self.packed: self.packed[weights] = pack(model, weights)
-        return self.packed[weights]
+        found = self.packed.get(weights)
+        if found is None or not found.is_of(model): self.packed[weights] = found = pack(model, weights)
+        return found
 
 models, models_lock = WeakKeyDictionary(), threading.Lock()  # model -> Ready
 
