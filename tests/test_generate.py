@@ -304,10 +304,14 @@ class Terminal:
 
     def type(self, text: str) -> None: os.write(self.fd, text.encode())
 
-    def status(self) -> int:
+    def status(self, timeout: float = 60.0) -> int:
+        "The exit status; a program that does not end is killed"
+        end = time.monotonic() + timeout
         try:
-            while os.read(self.fd, 65536): pass
-        except OSError: pass
+            while select.select([self.fd], [], [], max(0.0, end - time.monotonic()))[0]:
+                if not os.read(self.fd, 65536): break
+            else: os.kill(self.pid, signal.SIGKILL)
+        except OSError: pass  # the other side is closed
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
 
@@ -333,6 +337,7 @@ def test_chat_at_a_terminal(runs, tmp_path):
     assert "Once" in t.expect("\n" + "=" * 50 + "\n")
     t.type("clear\n")
     t.expect("\x1b[2J\x1b[H")
+    t.expect("Enter your prompt: ")  # only there is Ctrl-D an end
     t.type("\x04")
     assert t.status() == 0
     kept = (tmp_path / "state/minigpt_wb/history").read_text().splitlines()
