@@ -324,7 +324,8 @@ def test_chat_at_a_terminal(runs, tmp_path):
     t.expect("Generated text:\nOnce")
     time.sleep(0.5)
     t.type("\x03")
-    t.expect("\n" + "=" * 50 + "\n\nEnter your prompt: ", timeout=5)
+    assert "minigpt:" not in t.expect("\n" + "=" * 50 + "\n\n", timeout=5)  # not in the text, but after it
+    assert "longer than the context" in t.expect("Enter your prompt: ", timeout=5)
     t.type("half a line")
     t.expect("half a line")
     time.sleep(0.5)  # input() hears no signal between its prompt and its wait

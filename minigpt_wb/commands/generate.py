@@ -6,19 +6,19 @@
 __all__ = ['HIDDEN', 'PLACES', 'WEIGHTS', 'TEXTS', 'INTERACTIVE', 'OTHERS', 'BETWEEN', 'AT_ONCE', 'RULE', 'PROMPT', 'ENDS',
            'HELP', 'visible', 'put', 'survive_odd_bytes', 'unescaped', 'decoded', 'checked', 'read_prompts',
            'prompt_in', 'prompts_of', 'setting_flags', 'flag_lines', 'shown', 'changed', 'fits', 'told_apart',
-           'first_interrupt', 'pieces', 'texts', 'samples_of', 'free_path', 'write_texts', 'print_texts',
+           'first_interrupt', 'pieces', 'slide_said', 'texts', 'samples_of', 'free_path', 'write_texts', 'print_texts',
            'generate_command', 'write', 'open_aloud', 'nearby', 'greeting', 'command_in', 'prompt_of', 'Chat',
            'clear_screen', 'history', 'next_line', 'converse', 'talk', 'chat_command']
 
-# %% ../../nbs/98_commands.generate.ipynb #96c8817c
+# %% ../../nbs/98_commands.generate.ipynb #9cf278d1
 import json, os, re, signal, sys, threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checkpoints import whole
-from ..config import ours, tell, write_atomically
+from ..config import note, ours, tell, write_atomically
 from ..shell import RUN, RUNS_DIR, words
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from minigpt_wb.sampling.open import Opened
     from minigpt_wb.sampling.samplers import Settings
 
-# %% ../../nbs/98_commands.generate.ipynb #4297baad
+# %% ../../nbs/98_commands.generate.ipynb #eaebf09d
 HIDDEN = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 def visible(text: str) -> str:
@@ -42,7 +42,7 @@ def survive_odd_bytes() -> None:
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors=errors)
 
-# %% ../../nbs/98_commands.generate.ipynb #972ab3e4
+# %% ../../nbs/98_commands.generate.ipynb #165d6370
 def unescaped(text: str) -> str:
     r"`\n`, `\t` and `\\` as what they stand for; any other backslash stays"
     return re.sub(r"\\([nt\\])", lambda m: {"n": "\n", "t": "\t"}.get(m[1], m[1]), text)
@@ -74,7 +74,7 @@ def prompt_in(line: str, place: str) -> str:
     if isinstance(found, dict) and isinstance(found.get("prompt"), str): return checked(found["prompt"])
     raise ValueError(f'{place} is not a JSON object with a "prompt": {line[:60]!r}')
 
-# %% ../../nbs/98_commands.generate.ipynb #a2e20014
+# %% ../../nbs/98_commands.generate.ipynb #67b0128a
 def prompts_of(given: dict[str, Any]) -> list[str]:
     "The prompts that the flags `given` name, taken out of them; else stdin is one, unless it is a terminal"
     prompt, file = given.pop("prompt", None), given.pop("prompts_file", None)
@@ -86,7 +86,7 @@ def prompts_of(given: dict[str, Any]) -> list[str]:
                          "`minigpt chat` asks for prompts")
     return [decoded(sys.stdin.buffer.read(), "stdin").removesuffix("\n").removesuffix("\r")]
 
-# %% ../../nbs/98_commands.generate.ipynb #39b9996b
+# %% ../../nbs/98_commands.generate.ipynb #c27d0ad0
 PLACES = RUNS_DIR | {
     "checkpoint": "RUN, RUN@500 or a path, as the word", "device": "auto, cuda, mps or cpu",
     "tokenizer": "bytes, hf:NAME or a folder, for a file that holds none",
@@ -121,7 +121,7 @@ def shown(value: Any) -> str:
     if not isinstance(value, tuple): return str(value)
     return ", ".join(repr(v) if isinstance(v, str) else str(v) for v in value)
 
-# %% ../../nbs/98_commands.generate.ipynb #38b00e71
+# %% ../../nbs/98_commands.generate.ipynb #be3ff31d
 def changed(how: "Settings | None", values: dict[str, Any]) -> "Settings":
     "`how` with what was typed, by any of its names; ValueError for what makes no sense"
     from minigpt_wb.sampling.samplers import settings
@@ -153,7 +153,7 @@ def told_apart(ref: list[str], given: dict[str, Any]) -> tuple["Settings", dict[
     places["ref"] = places.pop("checkpoint", ref[0] if ref else None)
     return changed(None, given), places, options
 
-# %% ../../nbs/98_commands.generate.ipynb #f3f72529
+# %% ../../nbs/98_commands.generate.ipynb #715bc7a2
 @contextmanager
 def first_interrupt() -> Iterator[threading.Event]:
     "An event that the first Ctrl-C sets; the second one interrupts as usual"
@@ -168,7 +168,7 @@ def first_interrupt() -> Iterator[threading.Event]:
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
-# %% ../../nbs/98_commands.generate.ipynb #d88d2b88
+# %% ../../nbs/98_commands.generate.ipynb #52487cb3
 BETWEEN, AT_ONCE = "---\n", 16
 
 def pieces(opened: "Opened", prompt: str, how: "Settings", **options: Any) -> Iterator[str]:
@@ -177,6 +177,13 @@ def pieces(opened: "Opened", prompt: str, how: "Settings", **options: Any) -> It
     for event in stream_all(opened.model, opened.tokenizer, [prompt], [how], **options):
         yield prompt + event.text
         prompt = ""
+
+@contextmanager
+def slide_said() -> Iterator[Callable[[str], None]]:
+    "What hears that the window slides, and says so once: not in the middle of a text that a terminal shows"
+    held = set()
+    yield held.add if sys.stdout.isatty() else note
+    for text in held: note(text)
 
 def texts(opened: "Opened", wanted: list[tuple[str, "Settings"]], **options: Any) -> Iterator["Generation"]:
     "A text for each prompt and its settings, in their order"
@@ -194,7 +201,7 @@ def samples_of(prompts: list[str], how: "Settings", n: int) -> list[tuple[str, "
     seeds = [None if how.seed is None else how.seed + i for i in range(n)]
     return [(prompt, settings(how, seed=seed)) for prompt in prompts for seed in seeds]
 
-# %% ../../nbs/98_commands.generate.ipynb #55150076
+# %% ../../nbs/98_commands.generate.ipynb #cc61ab9c
 def free_path(name: str, force: bool) -> Path:
     "The path of a file that can be written; ValueError when it is there, unless `force`"
     path = Path(name).expanduser()
@@ -217,11 +224,12 @@ def write_texts(path: Path, found: list["Generation"], checkpoint: str) -> None:
 def print_texts(opened: "Opened", wanted: list[tuple[str, "Settings"]], **options: Any) -> None:
     "The texts to stdout: one as it is written, several with `---` between them"
     if len(wanted) == 1:
-        for piece in pieces(opened, *wanted[0], **options): put(piece)
-        return put("\n")
+        with slide_said() as on_slide:
+            for piece in pieces(opened, *wanted[0], on_slide=on_slide, **options): put(piece)
+            return put("\n")
     for i, found in enumerate(texts(opened, wanted, **options)): put(BETWEEN * (i > 0) + f"{found}\n")
 
-# %% ../../nbs/98_commands.generate.ipynb #9cf18298
+# %% ../../nbs/98_commands.generate.ipynb #3ee573a0
 def generate_command(argv: list[str]) -> int:
     "write text after a prompt, with any checkpoint"
     from minigpt_wb.sampling.open import open_model
@@ -259,7 +267,7 @@ def write(opened: "Opened", wanted: list[tuple[str, "Settings"]], output: Path |
     tell("interrupted")
     return 130
 
-# %% ../../nbs/98_commands.generate.ipynb #736023ec
+# %% ../../nbs/98_commands.generate.ipynb #599e1927
 RULE, PROMPT = "=" * 50, "Enter your prompt: "
 ENDS = ("quit", "exit", "q")
 HELP = r"""Commands:
@@ -300,7 +308,7 @@ def greeting(opened: "Opened") -> str:
                       "Interactive Text Generation Mode", "Type 'quit' to exit, 'help' for options",
                       RULE, "\n"])
 
-# %% ../../nbs/98_commands.generate.ipynb #e3ef6550
+# %% ../../nbs/98_commands.generate.ipynb #ea0bad35
 def command_in(line: str) -> tuple[str, str] | None:
     "(command, what comes after it), or None when the line is a prompt"
     word, _, rest = line.strip().partition(" ")
@@ -312,7 +320,7 @@ def prompt_of(line: str) -> str:
     "The prompt in a line: less the backslash before a command"
     return line[1:] if line[:1] == "\\" and command_in(line.lstrip("\\")) else line
 
-# %% ../../nbs/98_commands.generate.ipynb #b8d55649
+# %% ../../nbs/98_commands.generate.ipynb #9285d414
 class Chat:
     "One model, and how it writes"
     def __init__(self, opened: "Opened", how: "Settings", **options: Any):
@@ -335,11 +343,12 @@ class Chat:
         "Write after `prompt` until the text ends, or Ctrl-C"
         put("\nGenerating text...\n")
         head = f"Prompt: {prompt}\n\nGenerated text:\n"
-        with first_interrupt() as asked:
-            for piece in pieces(self.opened, checked(prompt), self.how, stopped=asked.is_set, **self.options):
+        with slide_said() as on_slide, first_interrupt() as asked:
+            options = dict(stopped=asked.is_set, on_slide=on_slide) | self.options
+            for piece in pieces(self.opened, checked(prompt), self.how, **options):
                 put(head + piece)
                 head = ""
-        put(f"\n{RULE}\n\n")
+            put(f"\n{RULE}\n\n")
 
     def hear(self, line: str) -> bool:
         "Do what a line asks for -> whether the session goes on"
@@ -351,7 +360,7 @@ class Chat:
         else: self.answer(prompt_of(line))
         return True
 
-# %% ../../nbs/98_commands.generate.ipynb #5fb8b887
+# %% ../../nbs/98_commands.generate.ipynb #bed5deef
 def clear_screen() -> None:
     "Clear the terminal, if it is one"
     if sys.stdout.isatty(): print("\x1b[2J\x1b[H", end="", flush=True)
@@ -384,7 +393,7 @@ def next_line() -> str | None:
     put(visible(line) if line.endswith("\n") else f"{visible(line)}\n")
     return line.removesuffix("\n") if line else None
 
-# %% ../../nbs/98_commands.generate.ipynb #fd1efcef
+# %% ../../nbs/98_commands.generate.ipynb #e6af2674
 def converse(chat: Chat) -> int:
     "Lines in, answers out, until the end -> exit status"
     with history():
