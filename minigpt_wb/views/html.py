@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 class Html(str):
     "HTML that a notebook shows as such"
     def _repr_html_(self) -> str: return self
+    def __repr__(self) -> str: return f"Html({len(self):,} characters)"  # not the same again in a file
 
 def esc(value: Any) -> str:
     "`value` as text for HTML, also inside attributes; what is HTML already stays as it is"
