@@ -7,7 +7,7 @@ from conftest import ROOT, free_port
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("voila", reason="no voila here: pip install voila")
 expect = sync_api.expect
-STYLE = re.compile(r"https://\S+/font-awesome/\S+\.css$")  # two files that voila's page asks for
+STYLE = re.compile(r"https://[^/]+/npm/@fortawesome/[^?]+/(all|v4-shims)\.min\.css$")  # voila's page asks for them
 
 
 @pytest.fixture
