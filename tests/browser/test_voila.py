@@ -7,7 +7,7 @@ from conftest import ROOT, free_port
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("voila", reason="no voila here: pip install voila")
 expect = sync_api.expect
-STYLE = re.compile(r"https://[^/]+/npm/@fortawesome/[^?]+/(all|v4-shims)\.min\.css$")  # voila's page asks for them
+STYLE = re.compile(r"https://[^/]+/npm/@fortawesome/[^?]+/(all|v4-shims)\.min\.css$")  # asked by voila
 
 
 @pytest.fixture
@@ -51,9 +51,10 @@ def test_the_playground_writes(app, chrome, tmp_path):
             panel.get_by_label("Seed").fill(str(again))
             panel.get_by_label("Seed").press("Tab")
             panel.get_by_role("button", name="Generate", exact=True).click()
-            expect(panel.get_by_role("status")).to_contain_text("done", timeout=60_000)
+            texts = panel.get_by_label("Text", exact=True).locator("option")
+            expect(texts).to_have_count(again + 1, timeout=60_000)
+            expect(panel.get_by_role("status")).to_contain_text("tokens/s", timeout=60_000)  # at the end
             expect(panel.locator(".tv-token[role=button]").first).to_be_visible()
-            expect(panel.get_by_label("Text", exact=True).locator("option")).to_have_count(again + 1)
         expect(page.locator(".compare, .history, .surprisal, .next-token, .batch")).to_have_count(5)
         assert "skip_exec" not in page.locator("body").inner_text()
         assert outside == [] and bad == []
