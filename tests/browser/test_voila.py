@@ -2,7 +2,7 @@
 import json, os, re, signal, socket, subprocess, sys, time
 
 import pytest
-from conftest import ROOT, free_port
+from .conftest import ROOT, free_port
 
 sync_api = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("voila", reason="no voila here: pip install voila")
