@@ -126,9 +126,9 @@ def build(folder: Path) -> Path:
 def library() -> ctypes.CDLL | None:
     "The compiled loop, or None where there is none or it is not wanted"
     if os.environ.get("MINIGPT_WB_NATIVE") == "0": return None
-    for folder in (find_root() / "cache" / "native", Path(tempfile.mkdtemp(prefix="minigpt_wb-"))):
+    for where in (lambda: find_root() / "cache" / "native", tempfile.mkdtemp):
         with suppress(OSError, subprocess.SubprocessError):
-            found = ctypes.CDLL(str(build(folder)))
+            found = ctypes.CDLL(str(build(Path(where()))))
             for name in ("linear_float", "linear_int8_t"):
                 function = getattr(found, name)
                 function.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3 + [ctypes.c_int]
@@ -140,11 +140,11 @@ def multiply(found: ctypes.CDLL, x: Tensor, weight: Tensor, scale: Tensor | None
              bias: Tensor | None) -> Tensor:
     # x: (N, I) float32; weight: (O, I) float32 or int8, in order; scale, bias: (O,) float32
     "x @ weight.T * scale + bias, (N, O): each row the same bits whatever N and the number of threads"
-    x, y = x.contiguous(), x.new_empty(len(x), len(weight))
+    (N, I), O = x.shape, weight.size(0)  # noqa: E741
+    x, y = x.contiguous(), x.new_empty(N, O)
     call = found.linear_float if weight.dtype == torch.float32 else found.linear_int8_t
     call(x.data_ptr(), weight.data_ptr(), None if scale is None else scale.data_ptr(),
-         None if bias is None else bias.data_ptr(), y.data_ptr(), len(x), weight.size(1), len(weight),
-         torch.get_num_threads())
+         None if bias is None else bias.data_ptr(), y.data_ptr(), N, I, O, torch.get_num_threads())
     return y
 
 def right(found: ctypes.CDLL) -> bool:

@@ -21,7 +21,8 @@ def change(event): return event
 sampler.stream = slowly
 """
 HOSTILE = ["<script>window.XSS=1</script>", "<img src=x onerror='window.XSS=2'>",
-           "\"'><svg onload=window.XSS=3>", "</span></div></pre>", "&lt;b&gt;", "\x00\x07\x1b[31m", "\t", "\n\n", "\u202eabc", "$x^2$ `code`"]
+           "\"'><svg onload=window.XSS=3>", "</span></div></pre>", "&lt;b&gt;",
+           "\x00\x07\x1b[31m", "\t", "\n\n", "\u202eabc", "$x^2$ `code`"]
 
 
 FIRST = """(button) => new Promise((done) => {  // ms from a click to the first token of the new text
