@@ -56,7 +56,7 @@ def rows_html(rows: Sequence[dict[str, Any]], n: int = 100) -> Html:
     cell = lambda x: block(esc(visible(x))) if isinstance(x, str) else x
     found = table(([cell(r[name]) for name in names] for r in rows[:n]), names)
     more = f"<div>and {len(rows) - n:,} rows more, which a file keeps too</div>" if len(rows) > n else ""
-    return Html(found + more)
+    return Html(f'<div style="line-height:1.5">{found}{more}</div>')
 
 # %% ../../nbs/86_views.batch.ipynb #fc19effd
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:

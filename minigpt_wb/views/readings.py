@@ -21,8 +21,8 @@ from ..sampling.scores import each_score, next_bars, next_scores
 from .html import Html, esc, table
 from .panels import Soon
 from .sampler import BROAD, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
-from .tokens import bars_html, difference_html, differences, in_line, legend, mean_nats, plain
-from .tokens import shortened, tokens_html
+from .tokens import BLUE, GREY, bars_html, difference_html, differences, in_line, legend
+from .tokens import mean_nats, plain, shortened, tokens_html
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def most_different(a: Sequence[Any], b: Sequence[Any], n: int = 10) -> list[dict
 def different_html(a: Sequence[Any], b: Sequence[Any], names: Sequence[str], n: int = 10) -> Html:
     "The same as a table"
     rows = [(r["place"], in_line(r["before"]), f"'{in_line(r['token'])}'", r["first"], r["second"],
-             f"{r['difference']:+.4f}") for r in most_different(a, b, n)]
+             r["difference"]) for r in most_different(a, b, n)]
     heads = ("place", "after", "token", *(f"{in_line(name)}, nats" for name in names), "difference")
     return Html(f"<div><b>Where they differ most</b></div>{table(rows, heads)}") if rows else Html("")
 
@@ -71,7 +71,7 @@ def reading_html(sides: Sequence[Sequence[Any]], names: Sequence[str], text: str
     if whole and len(sides) == 2:
         parts += [f'<div style="margin-top:8px">{difference_html(*cut, names)}</div>',
                   different_html(*sides, names)]
-    return Html("".join(parts))
+    return Html(f'<div style="line-height:1.5">{"".join(parts)}</div>')
 
 # %% ../../nbs/85_views.readings.ipynb #5e85a023
 class Surprisal(Panel):
@@ -135,9 +135,10 @@ def next_html(scores: Tensor, tokenizer: "PreTrainedTokenizerFast", how: Setting
     e = entropies(scores, tokenizer, how)
     bars = [replace(b, token=f"'{b.token}'") for b in next_bars(scores, tokenizer, how, n)]  # spaces are seen
     largest = max(max(b.p, b.drawn) for b in bars)
-    said = f"entropy of the model {e['model']:.3f} nats, as drawn {e['drawn']:.3f} nats"
-    return Html(f"<div>{said}: {e['can']:,} of {len(scores):,} tokens can come</div>"
-                f"{bars_html(bars, round(260 / largest))}")
+    key = lambda colour: f'<span style="color:{colour}">■</span>'
+    said = (f"{key(GREY)} entropy of the model {e['model']:.3f} nats, {key(BLUE)} as drawn {e['drawn']:.3f} "
+            f"nats: {e['can']:,} of {len(scores):,} tokens can come")
+    return Html(f'<div style="line-height:1.5">{said}{bars_html(bars, round(260 / largest))}</div>')
 
 # %% ../../nbs/85_views.readings.ipynb #f46a0b06
 class NextToken(Panel):

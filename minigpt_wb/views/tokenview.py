@@ -76,7 +76,7 @@ const beyond = (box, from, down) => {   // the nearest token of the next line, u
 # %% ../../nbs/81_views.tokenview.ipynb #fe3b8ce3
 CARD = """
 const cardOf = (card, t, i, model, act) => {
-  card.replaceChildren(make("div", "tv-name", t.name));
+  card.replaceChildren(make("div", "tv-name", `'${t.name}'`));
   const more = t.entropy == null ? "" : `, entropy ${t.entropy.toFixed(2)} nats`;
   card.append(make("div", "tv-facts", facts(t) + more));
   const free = model.get("choosable") && act;
@@ -90,7 +90,7 @@ const cardOf = (card, t, i, model, act) => {
     b.onclick = on;
     card.append(b);
   };
-  for (const [id, name, p] of t.top) row(name, p, id === t.id, () => act({kind: "choose", at: i, id}));
+  for (const [id, name, p] of t.top) row(`'${name}'`, p, id === t.id, () => act({kind: "choose", at: i, id}));
   for (const [node, name] of t.others) row(name, null, false, () => act({kind: "go", node}));
   const hint = !act ? "" : free ? "choose what comes instead" : model.get("hint");
   if (hint) card.append(make("div", "tv-facts", hint));
@@ -188,7 +188,7 @@ CSS = """
   color: var(--jp-content-font-color1, #111); font-size: 14px;
   font-family: var(--jp-content-font-family, sans-serif)}
 .tv-prompt {unicode-bidi: isolate; font-weight: 600}
-.tv-token {unicode-bidi: isolate; color: #111; cursor: pointer; border-radius: 2px}
+.tv-token {unicode-bidi: isolate; color: #111; cursor: pointer}
 .tv-token:hover, .tv-token:focus, .tv-open {outline: 2px solid #1f6feb; outline-offset: 0}
 .tv-branched {text-decoration: underline 2px dotted #555; text-underline-offset: 3px}
 .tv-card {position: fixed; inset: auto; margin: 0; padding: 6px; width: max-content; max-width: 340px;
@@ -208,7 +208,7 @@ CSS = """
 .tv-word {flex: 1; min-width: 6em}
 .tv-bar {height: 8px; background: #4c8fd0; border-radius: 2px}
 .tv-p {min-width: 3.2em; text-align: right; font-variant-numeric: tabular-nums}
-.tv-mine .tv-word {font-weight: 700; text-decoration: underline}
+.tv-mine {background: var(--jp-layout-color2, #eee); font-weight: 700}
 """
 
 # %% ../../nbs/81_views.tokenview.ipynb #fd891dc9

@@ -11,7 +11,8 @@ CLICKED = """(name) => {  // when the next click is made, how long until the sta
   const panel = document.querySelector(name), shown = () => panel.querySelector(".panel-status").textContent;
   window.took_ms = new Promise((done) => panel.addEventListener("click", () => {
     const began = performance.now(), passed = () => performance.now() - began;
-    const look = () => shown().startsWith("stopped") || passed() > 10000 ? done(passed()) : setTimeout(look, 5);
+    const over = () => shown().startsWith("stopped") || passed() > 10000;
+    const look = () => over() ? done(passed()) : setTimeout(look, 5);
     look();
   }, {capture: true, once: true}));
 }"""
@@ -161,7 +162,7 @@ def test_history(open_app):
     p.label("Run").select_option(index=0)
     p.controls("Temperature", "Top-p", "Top-k, 0 for all", "Max tokens")
     p.stops(p.button("Write all"), "writing")
-    p.label("Seed").fill("8"); p.label("Seed").press("Tab")  # nothing of this is there, however late Stop came
+    p.label("Seed").fill("8"); p.label("Seed").press("Tab")  # of this nothing is there, however late Stop was
     for new in (3, 0):
         p.button("Write all").click()
         expect(p.status).to_contain_text(f"3 of 3 written, {new} of them now", timeout=30_000)
