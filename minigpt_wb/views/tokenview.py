@@ -14,17 +14,23 @@ import anywidget, traitlets as T
 # %% ../../nbs/81_views.tokenview.ipynb #3e689f53
 STORE = """
 const store = (model, views) => {
-  let tokens = [];
+  let tokens = [], asked = false;
   const tell = () => views.forEach((view) => view());
-  const ask = () => model.send({kind: "resend"});
   const check = () => { if (model.get("count") > tokens.length) ask(); };
+  const ask = () => {
+    if (asked) return;
+    asked = true;
+    model.send({kind: "resend", version: model.get("version"), have: tokens.length});
+    setTimeout(() => { asked = false; check(); }, 2000);
+  };
   const reset = () => { tokens = [...model.get("tokens")]; tell(); };
   model.on("change:tokens", reset);
   model.on("change:version", reset);
   model.on("change:count", check);
   model.on("msg:custom", (m) => {
     if (m.version !== model.get("version") || m.start > tokens.length) return ask();
-    tokens.splice(m.start, Infinity, ...m.tokens);
+    tokens.splice(m.start, m.tokens.length, ...m.tokens);
+    asked = false;
     tell();
   });
   reset(); check();
@@ -242,7 +248,11 @@ class TokenView(anywidget.AnyWidget):
         if not tokens: return
         start = len(self.tokens)
         self.tokens.extend(tokens)  # in place: a trait that is set is sent whole
-        self.send({"version": self.version, "start": start, "tokens": list(tokens)})
+        self.send_from(start)
+
+    def send_from(self, start: int) -> None:
+        "Send the tokens from place `start` on"
+        self.send({"version": self.version, "start": start, "tokens": self.tokens[start:]})
 
     def finish(self) -> None:
         "Nothing more comes"
@@ -258,7 +268,9 @@ class TokenView(anywidget.AnyWidget):
 
     def heard(self, widget: Any, said: dict[str, Any], buffers: Any = None) -> None:
         "A message of the page"
-        if said.get("kind") == "resend": self.send_state("tokens")
+        if said.get("kind") == "resend":
+            if said["version"] == self.version: self.send_from(int(said["have"]))
+            else: self.send_state(["prompt", "tokens", "version", "count", "opened"])
         elif said.get("kind") == "choose" and self.choosable: self.chosen(int(said["at"]), int(said["id"]))
         elif said.get("kind") == "go" and self.choosable: self.gone(int(said["node"]))
 

@@ -172,6 +172,25 @@ def test_reload_in_mid_stream(open_panel):
     clean(p)
 
 
+def test_messages_that_are_lost(open_panel):
+    lossy = """
+count, send = 0, sampler.TokenView.send
+def lossy(self, *args, **kwargs):
+    global count
+    count += 1
+    if count % 3: send(self, *args, **kwargs)
+sampler.TokenView.send = lossy
+"""
+    p = open_panel(lossy, max_new_tokens=200, delay=0.02)
+    for _ in range(2):
+        p.generate(wait=None)
+        expect(p.tokens.nth(100)).to_be_visible()
+        expect(p.status).to_contain_text("generating")
+        expect(p.status).to_contain_text("done: 200 tokens")
+        expect(p.tokens).to_have_count(200)
+    clean(p)
+
+
 def test_text_that_means_harm(open_panel):
     change = f"""
 HOSTILE = {HOSTILE!r}
