@@ -285,14 +285,19 @@ def test_card_by_keyboard(open_panel):
 
 def test_in_the_dark(open_panel):
     p = open_panel(max_new_tokens=120, temperature=1)
-    p.nb.command("apputils:change-theme", theme="JupyterLab Dark")
+    p.nb.command("apputils:change-theme", theme="JupyterLab Dark")  # of the server: for what follows, too
+    try: look_in_the_dark(p)
+    finally: p.nb.command("apputils:change-theme", theme="JupyterLab Light")
+    clean(p)
+
+
+def look_in_the_dark(p):
     p.generate()
     p.tokens.nth(30).click()
     expect(p.card).to_be_visible()
     p.nb.picture("dark")
     colour = "e => getComputedStyle(e).backgroundColor.match(/[0-9]+/g).map(Number)"
     assert max(p.card.evaluate(colour)) < 100 and min(p.tokens.first.evaluate(colour)[:3]) > 120
-    clean(p)
 
 
 def test_without_a_checkpoint(open_nb, tmp_path):
