@@ -288,7 +288,7 @@ class History(Panel):
         "Show what is new of a text, when the slider is there"
         with self.mutex:
             if self.at.value != key[0]: return
-            if self.shown != key or key in self.texts: return self.show(key, tokens)
+            if self.shown != key or key in self.texts or not self.view.tokens: return self.show(key, tokens)
             self.view.append([painted(t) for t in tokens[len(self.view.tokens):]])
 
 def history(runs_dir: str | Path | None = None, prompt: str = "", shelf: Shelf | None = None,

@@ -99,7 +99,7 @@ class App:
         "Pictures by day and by night"
         self.nb.picture(f"{name}_light")
         self.nb.command("apputils:change-theme", theme="JupyterLab Dark")
-        self.page.wait_for_timeout(500)
+        expect(self.page.locator("#jupyterlab-splash")).to_have_count(0)
         self.nb.picture(f"{name}_dark")
         self.nb.command("apputils:change-theme", theme="JupyterLab Light")
 
@@ -162,9 +162,11 @@ def test_history(open_app):
     p.label("Run").select_option(index=0)
     p.controls("Temperature", "Top-p", "Top-k, 0 for all", "Max tokens")
     p.stops(p.button("Write all"), "writing")
+    expect(p.app).to_contain_text("step 30, val loss")
     p.label("Seed").fill("8"); p.label("Seed").press("Tab")  # of this nothing is there, however late Stop was
     for new in (3, 0):
         p.button("Write all").click()
+        if new: expect(p.app).to_contain_text("being written")  # while the one that is shown is
         expect(p.status).to_contain_text(f"3 of 3 written, {new} of them now", timeout=30_000)
     texts = [p.app.locator(".tv-text").inner_text()]
     for step in (20, 10):
