@@ -18,7 +18,7 @@ import torch
 from ..config import ModelConfig, RunConfig
 from ..data import tokenizer as texts
 from ..ddp.process import identity
-from ..model.gpt import build_model
+from ..model.gpt import build_model, named_function
 from ..run import list_runs, runs_root
 from ..training.checkpoints import TOKENIZER, Checkpoint, find_checkpoint, list_checkpoints
 from ..training.checkpoints import load_model
@@ -74,7 +74,7 @@ class Opened:
 def open_model(ref: str | Path | Checkpoint | None = None, device: str = "auto",
                runs_dir: str | Path | None = None,
                tokenizer: str | None = None,            # of a file that holds none
-               model_fn: Callable | str | None = None,  # of a model that a notebook made
+               model_fn: Callable | str | None = None,  # of a model that a notebook made; or module:function
                ) -> Opened:
     "The model that `ref` names, else the newest; raises ValueError with what there is and what is wrong"
     if device not in ("auto", "cpu", "cuda", "mps"):
@@ -86,6 +86,7 @@ def open_model(ref: str | Path | Checkpoint | None = None, device: str = "auto",
             raise ValueError(f"there is no file {path}: give a run, RUN@500 or the path of a checkpoint")
         if path.is_file(): return open_file(path, place, tokenizer)
         ref = find_checkpoint(path if ref is None or path.is_dir() else ref, runs_dir)
+    if isinstance(model_fn, str): model_fn = named_function(model_fn, "model_fn")
     model, cfg, found = load_model(ref, place, model_fn)
     if tokenizer: found = texts.load_tokenizer(tokenizer)
     number = lambda x: x if isinstance(x, float) and math.isfinite(x) else None
