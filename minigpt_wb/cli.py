@@ -14,7 +14,7 @@ from .config import did_you_mean, tell
 from .run import ENDED, Run, list_runs
 from .shell import RUN, RUNS_DIR, text_table, words
 from .commands.checkpoints import checkpoints_command
-from .commands.generate import chat_command, generate_command
+from .commands.chat import chat_command, generate_command
 
 # %% ../nbs/99_cli.ipynb #2870284c
 def prepare_command(argv: list[str]) -> int:

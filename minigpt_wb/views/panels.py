@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['written', 'count', 'Soon', 'compare_texts', 'beside', 'Compare', 'told', 'compare', 'write_history', 'history_html',
-           'RunPicker', 'History', 'history']
+           'RunPicker', 'Slides', 'History', 'history']
 
 # %% ../../nbs/84_views.panels.ipynb #6231fec0
 import threading, time
@@ -186,36 +186,21 @@ class RunPicker(W.HBox):
         return [(label(c), f"{self.list.value}@{c.step}") for c in found] or [("none", "")]
 
 # %% ../../nbs/84_views.panels.ipynb #401f8499
-class History(Panel):
-    "A run, a prompt, and a slider over what each checkpoint writes"
-    def __init__(self, runs_dir: str | Path | None = None, prompt: str = "", shelf: Shelf | None = None,
-                 **values: Any):
+class Slides(Panel):
+    "A run, a prompt, and a slider over the texts that its checkpoints have written"
+    def __init__(self, runs_dir: str | Path | None, prompt: str, shelf: Shelf | None, **values: Any):
         super().__init__("Write all")
         self.shelf, self.picker = shelf or Shelf(runs_dir), RunPicker(runs_dir)
         self.controls, self.texts, self.shown = Controls(settings(**values)), {}, None
-        self.soon = Soon(self.rest, 0.3, last=True)
         self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=WIDE, layout=BROAD)
-        self.one = W.Button(description="Write", tooltip="Write with the checkpoint that the slider is at")
         self.at = W.SelectionSlider(options=self.picker.checkpoints(), description="Checkpoint", style=WIDE,
                                     layout=BROAD, readout=False)  # the line below says it whole
-        self.head, self.view, self.waiting = W.HTML(), TokenView(choosable=False), False
-        self.go.on_click(lambda _: self.begin([ref for _, ref in self.at.options]))
-        W.dlink((self.go, "disabled"), (self.one, "disabled"))
-        self.one.on_click(lambda _: self.begin([self.at.value]))
-        self.picker.list.observe(lambda _: self.fill(), "value")
-        self.picker.again.on_click(lambda _: threading.Thread(target=self.refresh, daemon=True).start())
+        self.head, self.view = W.HTML(), TokenView(choosable=False)
         self.at.observe(self.moved, "value")
-        buttons = W.HBox([self.one, self.go, self.halt, self.status])
-        self.ui = W.VBox([self.picker, self.prompt, self.controls, buttons, self.at, self.head,
-                          W.HTML(legend()), self.view])
-        self.fill()
-        self.ui.add_class("history")
 
-    def refresh(self) -> None:
-        "Look for checkpoints again, and forget what others of the same step wrote"
-        self.texts.clear(); self.shelf.clear()
-        self.picker.refresh()
-        self.fill()
+    def moved(self, change: dict[str, Any]) -> None:
+        "The slider was moved"
+        self.show(self.key(change["new"]))
 
     def fill(self) -> None:
         "The slider for the chosen run, at its newest checkpoint"
@@ -230,9 +215,51 @@ class History(Panel):
         "What a text depends on"
         return ref, self.prompt.value, tuple(sorted(self.controls.values().items()))
 
+    def show(self, key: tuple, tokens: Sequence[dict[str, Any]] | None = None) -> None:
+        "Show the text of a key, as far as it is there"
+        with self.mutex:
+            self.shown, tokens = key, self.texts.get(key, ()) if tokens is None else tokens
+            known = "being written" if tokens else "not written yet"
+            if key in self.texts: known = f"{count(tokens)} tokens"
+            where = next((label for label, ref in self.at.options if ref == key[0]), "")
+            self.head.value = Html(f"<b>{esc(where)}</b>, {known}")
+            self.view.show(visible(key[1]), [painted(t) for t in tokens])
+
+    def paint(self, key: tuple, tokens: Sequence[dict[str, Any]]) -> None:
+        "Show what is new of a text, when the slider is there"
+        with self.mutex:
+            if self.at.value != key[0]: return
+            if self.shown != key or key in self.texts or not self.view.tokens: return self.show(key, tokens)
+            self.view.append([painted(t) for t in tokens[len(self.view.tokens):]])
+
+# %% ../../nbs/84_views.panels.ipynb #5202a2b5
+class History(Slides):
+    "The slides of a run, which it writes when they are wanted"
+    def __init__(self, runs_dir: str | Path | None = None, prompt: str = "", shelf: Shelf | None = None,
+                 **values: Any):
+        super().__init__(runs_dir, prompt, shelf, **values)
+        self.waiting, self.soon = False, Soon(self.rest, 0.3, last=True)
+        self.one = W.Button(description="Write", tooltip="Write with the checkpoint that the slider is at")
+        W.dlink((self.go, "disabled"), (self.one, "disabled"))
+        self.go.on_click(lambda _: self.begin([ref for _, ref in self.at.options]))
+        self.one.on_click(lambda _: self.begin([self.at.value]))
+        self.picker.list.observe(lambda _: self.fill(), "value")
+        self.picker.again.on_click(lambda _: threading.Thread(target=self.refresh, daemon=True).start())
+        buttons = W.HBox([self.one, self.go, self.halt, self.status])
+        self.ui = W.VBox([self.picker, self.prompt, self.controls, buttons, self.at, self.head,
+                          W.HTML(legend()), self.view])
+        self.fill()
+        self.ui.add_class("history")
+
+    def refresh(self) -> None:
+        "Look for checkpoints again, and forget what others of the same step wrote"
+        self.texts.clear(); self.shelf.clear()
+        self.picker.refresh()
+        self.fill()
+
     def moved(self, change: dict[str, Any]) -> None:
-        self.show(key := self.key(change["new"]))
-        self.waiting = key not in self.texts
+        super().moved(change)
+        self.waiting = self.shown not in self.texts
         if self.waiting: self.soon.ask()
 
     def rest(self) -> None:
@@ -273,23 +300,6 @@ class History(Panel):
         if not (left := over()): self.texts[key] = tokens
         self.paint(key, tokens)
         return not left
-
-    def show(self, key: tuple, tokens: Sequence[dict[str, Any]] | None = None) -> None:
-        "Show the text of a key, as far as it is there"
-        with self.mutex:
-            self.shown, tokens = key, self.texts.get(key, ()) if tokens is None else tokens
-            known = "being written" if tokens else "not written yet"
-            if key in self.texts: known = f"{count(tokens)} tokens"
-            where = next((label for label, ref in self.at.options if ref == key[0]), "")
-            self.head.value = Html(f"<b>{esc(where)}</b>, {known}")
-            self.view.show(visible(key[1]), [painted(t) for t in tokens])
-
-    def paint(self, key: tuple, tokens: Sequence[dict[str, Any]]) -> None:
-        "Show what is new of a text, when the slider is there"
-        with self.mutex:
-            if self.at.value != key[0]: return
-            if self.shown != key or key in self.texts or not self.view.tokens: return self.show(key, tokens)
-            self.view.append([painted(t) for t in tokens[len(self.view.tokens):]])
 
 def history(runs_dir: str | Path | None = None, prompt: str = "", shelf: Shelf | None = None,
             **values: Any) -> History:
