@@ -1,5 +1,6 @@
 """Programs of the project, run as a user runs them: in a folder of their own, as processes of their own."""
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell: programs inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}  # two cores, many processes; no network
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
