@@ -109,13 +109,18 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Store k and v (B, K, T, D) after what `layer` has; views of all that it has then (B, K, S, D)"
-        B, new, end = self.keys.size(1), slice(self.length, self.length + k.size(2)), self.length + k.size(2)
-        if k.size(0) != B:
-            raise ValueError(f"{k.size(0)} sequences for a cache of {B}: give new_cache {k.size(0)}")
-        if end > self.capacity:
-            raise ValueError(f"position {end} in a cache of {self.capacity}: give new_cache length {end}")
+        end = self.end(k.size(0), k.size(2))
+        new = slice(self.length, end)
         self.keys[layer, :, :, new], self.values[layer, :, :, new] = k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def end(self, B: int, T: int) -> int:
+        "How many positions there are after T more of B sequences; ValueError when they do not fit"
+        if B != self.keys.size(1):
+            raise ValueError(f"{B} sequences for a cache of {self.keys.size(1)}: give new_cache {B}")
+        if (end := self.length + T) > self.capacity:
+            raise ValueError(f"position {end} in a cache of {self.capacity}: give new_cache length {end}")
+        return end
 
 # %% ../../nbs/20_model.gpt.ipynb #f4a600cf
 class MLP(nn.Module):

@@ -4,17 +4,20 @@
 
 # %% auto #0
 __all__ = ['FEW', 'PIECES', 'LARGE', 'WEIGHTS', 'Streamed', 'Rows', 'columns_of', 'by_columns', 'by_rows', 'Narrow', 'Int8',
-           'BFloat16', 'twin', 'replaceable', 'places', 'fingerprint', 'in_pieces', 'Head', 'Packed', 'pack']
+           'BFloat16', 'shallow', 'twin', 'replaceable', 'watched', 'Fused', 'fusable', 'places', 'fingerprint',
+           'in_pieces', 'Head', 'Packed', 'pack']
 
 # %% ../../nbs/60_sampling.weights.ipynb #b0d33977
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .native import library, multiply
+from ..model.gpt import MLP, Attention, Block, Cache
+from .native import Layer, Matrix, library, multiply, run_layer
 
 # %% ../../nbs/60_sampling.weights.ipynb #73d07eeb
 FEW = 64  # rows of x up to which reading the matrix is what takes time
@@ -24,6 +27,7 @@ class Streamed(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None):
         super().__init__()
         self.weight, self.bias, self.out_features = weight.detach(), bias, len(weight)
+        self.matrix = Matrix.of(self.weight, bias=bias)
 
     @staticmethod
     def fits(weight: Tensor) -> bool:
@@ -34,7 +38,7 @@ class Streamed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                                       # (..., C)
         rows = x.reshape(-1, x.size(-1))                                          # (N, C)
         if rows.size(0) > FEW or x.dtype != torch.float32: return F.linear(x, self.weight, self.bias)
-        y = multiply(library(), rows, self.weight, None, self.bias)               # (N, F)
+        y = multiply(library(), self.matrix, rows)                                # (N, F)
         return y.view(*x.shape[:-1], -1)                                          # (..., F)
 
 # %% ../../nbs/60_sampling.weights.ipynb #ecaebc87
@@ -110,10 +114,10 @@ class Int8(Narrow):
         scale = (weight.abs().amax(1) / 127).to(torch.float32 if self.loop else torch.bfloat16)
         self.scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         self.whole = (weight / self.scale.to(weight)[:, None]).round().clamp(-127, 127).to(torch.int8)
+        if self.loop: self.matrix = Matrix.of(self.whole, self.scale, self.bias)
 
     def multiply(self, x: Tensor) -> Tensor:
-        if self.loop and x.dtype == torch.float32:
-            return multiply(self.loop, x, self.whole, self.scale, self.bias)
+        if self.loop and x.dtype == torch.float32: return multiply(self.loop, self.matrix, x)
         y = torch._weight_int8pack_mm(x.bfloat16(), self.whole, self.scale.bfloat16())
         return self.back(y, x.dtype)
 
@@ -132,13 +136,17 @@ class BFloat16(Narrow):
     def weight(self) -> Tensor: return self.half.to(self.dtype)
 
 # %% ../../nbs/60_sampling.weights.ipynb #4878e1d2
+def shallow(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    "A `kind` with the tensors and modules of `module`"
+    new = object.__new__(kind)
+    new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+    return new
+
 def twin(module: nn.Module, swap: Callable[[nn.Module], nn.Module], made: dict | None = None) -> nn.Module:
     "A copy in eval mode that shares every tensor; what `swap` returns stands in place of a module"
     made = {} if made is None else made
     if id(module) in made: return made[id(module)]
-    if (new := swap(module)) is module:
-        new = object.__new__(type(module))
-        new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+    if (new := swap(module)) is module: new = shallow(module, type(module))
     made[id(module)] = new
     for name, child in new._modules.items():
         if child is not None: new._modules[name] = twin(child, swap, made)
@@ -147,11 +155,39 @@ def twin(module: nn.Module, swap: Callable[[nn.Module], nn.Module], made: dict |
 
 def replaceable(module: nn.Module, kept: Tensor) -> bool:
     "A plain Linear that nobody watches, whose weight is not `kept`"
-    watched = module._forward_hooks or module._forward_pre_hooks
-    return (type(module) is nn.Linear and not watched and module.weight is not kept
+    return (type(module) is nn.Linear and not watched(module) and module.weight is not kept
             and module.weight.is_contiguous())
 
+def watched(module: nn.Module) -> bool:
+    "Whether somebody wants to hear of its calls"
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
+# %% ../../nbs/60_sampling.weights.ipynb #d69d12d6
+class Fused(Block):
+    "A block whose matrices are packed: one new token of each text is one call"
+    def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        single = x.size(1) == 1 and x.size(0) <= FEW and x.dtype == torch.float32
+        if not (single and self.layer and type(cache) is Cache and cache.dtype == torch.float32):
+            return super().forward(x, turn, mask, cache)
+        at, end = self.attention.layer, cache.end(x.size(0), 1)
+        return run_layer(library(), self.layer, x, turn, mask, cache.keys[at], cache.values[at], end)
+
+    @cached_property
+    def layer(self) -> Layer | None:
+        "What the call wants to know; None when a matrix is of another kind"
+        parts = (self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.gate, self.mlp.down)
+        native = all(hasattr(m, "matrix") for m in parts if m is not None)
+        return Layer.of(self, lambda m: m.matrix) if native else None
+
+def fusable(module: nn.Module) -> bool:
+    "A block of ours, as it was built, on the CPU in float32"
+    if type(module) is not Block or library() is None or any(map(watched, module.modules())): return False
+    norms = (module.norm1, module.norm2, module.attention.q_norm, module.attention.k_norm)
+    as_built = all(type(m) in (nn.LayerNorm, nn.RMSNorm) for m in norms if m is not None)
+    return as_built and type(module.attention) is Attention and type(module.mlp) is MLP and \
+        all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()
+            for p in module.parameters())
 
 # %% ../../nbs/60_sampling.weights.ipynb #3a824601
 def places(model: nn.Module) -> tuple:
@@ -193,6 +229,7 @@ class Packed:
     def __init__(self, model: nn.Module, narrow: type[Narrow] | None = None):
         table = model.head_weight
         def swap(module: nn.Module) -> nn.Module:
+            if fusable(module): return shallow(module, Fused)
             if not replaceable(module, table): return module
             if kind := self.kind(narrow, module.weight): return kind(module.weight, module.bias)
             return Rows(module) if in_pieces(module.weight, module.out_features % PIECES == 0) else module
