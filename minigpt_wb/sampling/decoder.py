@@ -182,7 +182,7 @@ def stream_all(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
                context_length: int | None = None,          # tokens that the model reads at most
                cached: bool = True,                        # False: the slow reference
                weights: str = "float32",                   # as they are; or bfloat16, int8: faster, not exact
-               on_slide: Callable[[str], None] | None = note,  # hears that a text outgrows the context
+               on_slide: Callable[[str], None] | None = note,  # hears once that a text outgrows the context
               ) -> Iterator[Event]:
     "The events of several texts at once; raises ValueError for a prompt or settings that make no sense"
     V = model.head_weight.shape[0]
@@ -193,7 +193,9 @@ def stream_all(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
     read, windows = start_reading(model, [r.ids for r in rows], size, cached, weights, room)
     scores = read(None)
     while scores:
-        if windows.slid and on_slide: on_slide(TOO_LONG.format(size))
+        if windows.slid and on_slide:
+            on_slide(TOO_LONG.format(size))
+            on_slide = None  # once is enough
         if stopped(): return (yield from (rows[i].close("stopped") for i in scores))
         for i, s in scores.items(): yield from rows[i].take(s, alternatives, i in windows.slid)
         scores = read({i: rows[i].ids[-1] for i in scores if not rows[i].end})

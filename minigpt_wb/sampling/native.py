@@ -51,6 +51,7 @@ static void some_TYPE(const float *x, const TYPE *w, const float *scale, const f
         for (int64_t r = 0, q = o; r < 4; r++, q += gap) y[q] = END(f[r][0], q);
     }
     for (o += 3 * gap; o < end; o++) {
+        if (N > 1) FETCH(w + (o + 2) * I, I * sizeof(TYPE));  /* what comes next, while this is multiplied */
         int64_t n = 0;
         for (; n + 4 <= N; n += 4) {
             dots_TYPE(1, 4, x + n * I, w + o * I, 0, I, f);
@@ -74,6 +75,7 @@ HEAD = r"""
 #define ZERO (v8){0}
 #define UNROLL _Pragma("GCC unroll 8")
 #define END(sum, o) ((sum) * (scale ? scale[o] : 1.0f) + (bias ? bias[o] : 0.0f))
+#define FETCH(from, n) for (uint64_t at = 0; at < (n); at += 64) __builtin_prefetch((const char *)(from) + at)
 typedef float v8 __attribute__((vector_size(32)));
 typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int8_t bytes __attribute__((vector_size(8), aligned(1), may_alias));

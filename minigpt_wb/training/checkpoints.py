@@ -7,8 +7,8 @@ __all__ = ['FORMAT', 'MODEL', 'OPTIM', 'STATE', 'MANIFEST', 'TOKENIZER', 'ASIDE'
            'regular_files', 'small_text', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json',
            'write_files', 'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish',
            'free_bytes', 'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints',
-           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'pick', 'candidates', 'steps_of',
-           'first_intact', 'prune', 'load_model']
+           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'meant_by', 'pick', 'candidates',
+           'steps_of', 'first_intact', 'prune', 'load_model']
 
 # %% ../../nbs/42_training.checkpoints.ipynb #d3413d63
 import contextlib, errno, fcntl, hashlib, json, math, os, re, secrets, shutil, stat
@@ -369,19 +369,22 @@ def hint(store: Path, snapshot: Snapshot, best: bool | None) -> None:
 # %% ../../nbs/42_training.checkpoints.ipynb #5cbd11df
 def find_checkpoint(ref: Run | str | Path, runs_dir: str | Path | None = None) -> Checkpoint:
     "The checkpoint that `ref` names, verified; raises ValueError with what there is and what is wrong"
+    return first_intact(meant_by(ref, runs_dir), str(ref.path if isinstance(ref, Run) else ref))
+
+def meant_by(ref: Run | str | Path, runs_dir: str | Path | None = None) -> list[Checkpoint]:
+    "The checkpoints that `ref` may mean, the most wanted first, not verified; ValueError when there is none"
     if isinstance(ref, Run): return pick(list_checkpoints(ref), "latest", str(ref.path))
     path = Path(ref)
-    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()):
-        return first_intact([Checkpoint(path)], str(ref))
+    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()): return [Checkpoint(path)]
     name, which = split_ref(str(ref))
     return pick(list_checkpoints(Run.open(name, runs_dir)), which or "latest", str(ref))
 
-def pick(stored: Checkpoints, which: str, ref: str) -> Checkpoint:
-    "The checkpoint of a store that is the `latest`, the `best`, or a step"
+def pick(stored: Checkpoints, which: str, ref: str) -> list[Checkpoint]:
+    "The checkpoints of a store that may be the `latest`, the `best`, or a step"
     if not stored: raise ValueError(f"{ref} has no checkpoint yet in {stored.store}: see save_every")
     if which not in ("latest", "best") and not which.isdecimal():
         raise ValueError(f"{ref}: {which!r} is not latest, best or a step; there are {steps_of(stored)}")
-    if found := candidates(stored, which): return first_intact(found, ref)
+    if found := candidates(stored, which): return found
     if which == "best": raise ValueError(f"{ref}: none was evaluated, ask for a step; {steps_of(stored)}")
     raise ValueError(f"{ref}: there is no step {int(which)}; there are {steps_of(stored)}")
 

@@ -19,7 +19,7 @@ from torch import Tensor, special
 from ..sampling.samplers import Settings, check_scores, settings
 from ..sampling.scores import each_score, next_bars, next_scores
 from .html import Html, esc, table
-from .panels import Soon
+from .panels import Soon, two_pickers
 from .sampler import BROAD, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
 from .tokens import BLUE, GREY, bars_html, difference_html, differences, in_line, legend
 from .tokens import mean_nats, plain, shortened, tokens_html
@@ -76,11 +76,11 @@ def reading_html(sides: Sequence[Sequence[Any]], names: Sequence[str], text: str
 # %% ../../nbs/85_views.readings.ipynb #5e85a023
 class Surprisal(Panel):
     "A text, one or two checkpoints, and how they read it"
-    def __init__(self, runs_dir: str | Path | None = None, text: str = "", shelf: Shelf | None = None):
+    def __init__(self, runs_dir: str | Path | None = None, text: str = "", shelf: Shelf | None = None,
+                 checkpoints: Sequence[str] = ()):
         super().__init__("Score")
         self.shelf, self.result = shelf or Shelf(runs_dir), W.HTML()
-        self.first, self.second = Picker(self.shelf), Picker(self.shelf, label="Second checkpoint")
-        for i, p in enumerate((self.first, self.second)): p.list.index = min(i, len(p.list.options) - 1)
+        self.first, self.second = two_pickers(self.shelf, checkpoints, "Checkpoint")
         self.both = W.Checkbox(False, description="Compare with a second checkpoint", indent=False)
         self.text = W.Textarea(text, description="Text", rows=6, style=WIDE, layout=BROAD,
                                placeholder="paste a text")
@@ -118,9 +118,11 @@ class Surprisal(Panel):
         said = ", ".join(f"{name} {len(side):,} tokens" for name, side in zip(names, sides))
         return f"{'done' if whole else 'stopped'}: {said}"
 
-def surprisal(runs_dir: str | Path | None = None, text: str = "", shelf: Shelf | None = None) -> Surprisal:
+def surprisal(runs_dir: str | Path | None = None, text: str = "", shelf: Shelf | None = None,
+              checkpoints: Sequence[str] = ()) -> Surprisal:
+    # `checkpoints`: one or two, else the newest
     "A panel that shows which tokens of a text surprise one checkpoint, or two"
-    return Surprisal(runs_dir, text, shelf)
+    return Surprisal(runs_dir, text, shelf, checkpoints)
 
 # %% ../../nbs/85_views.readings.ipynb #9821a623
 def entropies(scores: Tensor, tokenizer: "PreTrainedTokenizerFast", how: Settings) -> dict[str, float]:

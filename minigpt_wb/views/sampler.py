@@ -15,10 +15,10 @@ from typing import Any
 import ipywidgets as W
 
 from ..sampling.decoder import Detokenizer, stream, to_ids
-from ..sampling.open import Opened, checkpoint_choices, open_model
+from ..sampling.open import Opened, checkpoint_choices, identity_of, open_model
 from ..sampling.samplers import Settings, settings
 from .html import esc
-from .tokens import Node, Tree, in_line, node_label, painted, plain, visible
+from .tokens import Node, Tree, in_line, legend, node_label, painted, plain, visible
 from .tokenview import TokenView
 
 # %% ../../nbs/83_views.sampler.ipynb #fe9ab22a
@@ -106,21 +106,18 @@ class Shelf:
         self.held, self.lock = {}, threading.Lock()
 
     def get(self, ref: str | None) -> Opened:
-        "The checkpoint that `ref` names, else the newest"
+        "The checkpoint that `ref` names, else the newest; opened anew when it was written anew"
         with self.lock:
-            found = self.held.pop(ref, None) or open_model(ref, self.device, self.runs_dir)
-            self.held[ref] = found
+            which = identity_of(ref, self.runs_dir)
+            found = self.held.pop(which, None) or open_model(ref, self.device, self.runs_dir)
+            self.held[which] = found
             while len(self.held) > self.keep: self.held.pop(next(iter(self.held)))
             return found
-
-    def clear(self) -> None:
-        "Forget all: a run may have written a step anew"
-        with self.lock: self.held.clear()
 
 class Picker(W.HBox):
     "A list of all checkpoints and a button that reads it anew; `ref` is the one chosen"
     def __init__(self, shelf: Shelf, ref: str = "latest", label: str = "Checkpoint"):
-        self.shelf = shelf
+        self.shelf, self.others = shelf, []
         self.list = W.Dropdown(description=label, layout=W.Layout(width="460px"), style=WIDE)
         self.again = W.Button(description="Refresh", tooltip="Look for checkpoints again", layout=NARROW)
         self.again.on_click(lambda _: threading.Thread(target=self.refresh, daemon=True).start())
@@ -136,15 +133,19 @@ class Picker(W.HBox):
         self.again.disabled = True
         try:
             chosen, found = self.ref, checkpoint_choices(self.shelf.runs_dir)
-            self.shelf.clear()
+            found += [(Path(ref).name, ref) for ref in self.others]
             shown = [(in_line(label), ref) for label, ref in found]
             self.list.options = shown or [("no checkpoint yet: train a model first", None)]
             self.list.index = next((i for i, (_, ref) in enumerate(found) if ref == chosen), 0)
         finally: self.again.disabled = False
 
     def choose(self, ref: str) -> None:
-        "Choose RUN@500, a run's newest by RUN, or `latest`; ValueError when it is not there"
+        "Choose RUN@500, a run's newest by RUN, `latest`, or a file; ValueError when it is not there"
         if ref == "latest": return
+        if Path(ref).expanduser().is_file():  # of another system: no run lists it
+            self.others.append(str(Path(ref).expanduser()))
+            self.refresh()
+            ref = self.others[-1]
         refs = [r for _, r in self.list.options if r]
         fits = lambda r: ref in (r, r.rpartition("@")[0], Path(r).name, Path(r).name.rpartition("@")[0])
         if (found := next(filter(fits, refs), None)) is None:
@@ -211,6 +212,16 @@ class Texts(Panel):
             self.relist()
             for name, found in self.beside().items(): self.steps[name].disabled = found is None
 
+    def drop(self, node: Node) -> None:
+        "Forget a text that came to nothing"
+        with self.mutex:
+            if node.tokens or self.tree.nodes[-1] is not node: return
+            self.tree.nodes.pop()
+            if self.here != node.id: return self.relist()
+            self.here = None
+            if self.tree.nodes: self.show(self.tree.nodes[-1].id)
+            else: self.relist()
+
     def draw(self) -> None:
         "Show the text that is shown anew"
         self.view.show(visible(self.tree.nodes[self.here].prompt), self.picture())
@@ -266,7 +277,8 @@ class Playground(Texts):
         self.view.on_choose(self.branch)
         self.go.on_click(lambda _: self.generate())
         buttons = W.HBox([self.go, self.halt, self.status])
-        self.ui = W.VBox([self.picker, self.prompt, self.controls, buttons, self.view, self.walker])
+        self.ui = W.VBox([self.picker, self.prompt, self.controls, buttons, W.HTML(legend()), self.view,
+                          self.walker])
         self.ui.add_class("playground")
 
     def generate(self) -> bool:
@@ -292,8 +304,13 @@ class Playground(Texts):
 
     def write(self, node: Node, stopped: Callable[[], bool]) -> str:
         "Write a node's text to its end, in the job's thread -> what the status line shall say"
-        opened, pace, began, notes = self.shelf.get(node.about["checkpoint"]), Pace(), time.monotonic(), {}
-        ids = to_ids(opened.tokenizer, node.prompt, opened.model.head_weight.shape[0])
+        pace, began, notes = Pace(), time.monotonic(), {}
+        try:
+            opened = self.shelf.get(node.about["checkpoint"])
+            ids = to_ids(opened.tokenizer, node.prompt, opened.model.head_weight.shape[0])
+        except ValueError:
+            self.drop(node)
+            raise
         ids += [t["id"] for t in self.tree.path(node.id) if t["id"] is not None]
         if node.tokens:  # a choice is known by its name; what it adds to this text is known now
             node.tokens[0]["text"] = Detokenizer(opened.tokenizer, ids[:-1]).push(ids[-1])

@@ -225,9 +225,25 @@ def test_surprisal(open_app):
     p.clean()
 
 
+SLOW_READ = """
+import time, minigpt_wb.views.readings as readings
+fast = readings.next_scores
+def next_scores(*args): time.sleep(0.7); return fast(*args)
+readings.next_scores = next_scores
+"""
+
+
 def test_next_token(open_app):
-    p = open_app("readings", "next_token", prompt="The king")
+    p = open_app("readings", "next_token", SLOW_READ, prompt="The king")
     rows, look = p.app.locator("tr"), p.button("Look")
+    for _ in range(2):  # one pass is not broken off, but nothing comes of it
+        look.click()
+        expect(p.status).to_contain_text("reading")
+        p.stop.click()
+        expect(p.status).to_contain_text("stopping")
+        expect(p.status).to_contain_text("stopped")
+        expect(rows).to_have_count(0)
+    p.nb.run_beside("readings.next_scores = fast")
     p.refresh()
     for _ in range(2):
         look.click()
@@ -281,10 +297,10 @@ def test_batch(open_app, tmp_path):
         for said in (f"saved 4 rows to {file}", f"{file} exists"):
             save.click()
             expect(saved).to_contain_text(said)
-    p.app.get_by_text("Replace", exact=True).click()
-    for _ in range(2):
+    for said in (f"saved 4 rows to {file}", f"{file} exists") * 2:
+        p.app.get_by_text("Replace", exact=True).click()
         save.click()
-        expect(saved).to_contain_text(f"saved 4 rows to {file}")
+        expect(saved).to_contain_text(said)
     assert len([json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]) == 4
     p.dark("batch")
     p.reload()

@@ -308,4 +308,5 @@ def test_without_a_checkpoint(open_nb, tmp_path):
         p.go.click()
         expect(p.status).to_contain_text("Train a model with")
         expect(p.go).to_be_enabled()
+        expect(p.app.get_by_label("Text", exact=True).locator("option")).to_have_count(0)
     clean(p)
