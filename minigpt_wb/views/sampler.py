@@ -157,7 +157,8 @@ class Picker(W.HBox):
 class Controls(W.VBox):
     "Sliders of the sampling settings, and a seed with its dice"
     def __init__(self, how: Settings | None = None):
-        how, wide = how or settings(), dict(style=WIDE, layout=W.Layout(width="330px"))
+        how = how or settings()
+        wide = dict(style={"description_width": "115px"}, layout=W.Layout(width="350px"))
         self.temperature = W.FloatSlider(how.temperature, min=0, max=2, step=0.05, description="Temperature",
                                          **wide)
         self.top_k = W.IntSlider(how.top_k or 0, min=0, max=max(200, how.top_k or 0),
@@ -165,7 +166,8 @@ class Controls(W.VBox):
         self.top_p = W.FloatSlider(how.top_p, min=0.01, max=1, step=0.01, description="Top-p", **wide)
         self.max_new_tokens = W.IntSlider(how.max_new_tokens, min=1, max=max(1000, how.max_new_tokens),
                                           description="Max tokens", **wide)
-        self.seed = W.IntText(how.seed or 0, description="Seed", style=WIDE, layout=W.Layout(width="180px"))
+        self.seed = W.IntText(how.seed or 0, description="Seed", style=wide["style"],
+                              layout=W.Layout(width="240px"))
         self.dice = W.Button(description="Dice", icon="random", tooltip="Another seed", layout=NARROW)
         self.dice.on_click(lambda _: setattr(self.seed, "value", secrets.randbelow(1_000_000)))
         self.how = how

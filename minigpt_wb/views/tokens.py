@@ -58,7 +58,7 @@ def said(token: Mapping[str, Any]) -> str:
     return ", ".join(facts) + (f"; likeliest: {others}" if others else "")
 
 # %% ../../nbs/82_views.tokens.ipynb #52f45046
-SCALE = ("#d3ead9", "#fbf3c9", "#f8b49c")     # expected, in between, a surprise
+SCALE = ("#a9dfb8", "#fdf3c0", "#f59a7f")     # expected, in between, a surprise
 SHIFT = ("#9ecae1", "#eeeeee", "#fdae6b")     # less surprised, the same, more
 
 def mixed(scale: Sequence[str], x: float) -> str:
