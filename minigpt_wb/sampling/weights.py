@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.gpt import MLP, Attention, Block, Cache
-from .native import Layer, Matrix, library, multiply, run_layer
+from .loops import Matrix, multiply
+from .native import Layer, library, run_layer
 
 # %% ../../nbs/60_sampling.weights.ipynb #73d07eeb
 FEW = 64  # rows of x up to which reading the matrix is what takes time
