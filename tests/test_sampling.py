@@ -8,10 +8,11 @@ from minigpt_wb.config import ModelConfig
 from minigpt_wb.data.tokenizer import load_tokenizer
 from minigpt_wb.model.gpt import GPT
 from minigpt_wb.sampling.decoder import generate, stream
+from minigpt_wb.sampling.loops import compiler
 from minigpt_wb.sampling.samplers import dice, draw, settings
 from minigpt_wb.sampling.scores import score_text
 from minigpt_wb.sampling.steps import Cached, Uncached, next_logits
-from minigpt_wb.sampling.weights import pack
+from minigpt_wb.sampling.weights import Fused, pack
 
 LETTERS = load_tokenizer("bytes")
 SAMPLED = dict(max_new_tokens=30, temperature=1.2, top_k=None, top_p=0.95, seed=11)
@@ -58,10 +59,13 @@ def test_cached_writes_what_uncached_writes(seed):
     assert fast == greedy(Uncached(model, prompts, context), lengths)
 
 
-@pytest.mark.parametrize("seed", range(30))
-def test_cached_scores_are_those_of_uncached(seed):
+@pytest.mark.parametrize("way,seed", [*(("compiled", i) for i in range(30)), *(("torch", i) for i in range(8))])
+def test_cached_scores_are_those_of_uncached(way, seed, monkeypatch):
+    if way == "torch": monkeypatch.setattr("minigpt_wb.sampling.weights.library", lambda: None)
+    elif not compiler(): pytest.skip("no C compiler here")
     rng = random.Random(1000 + seed)
     model = random_model(rng, torch.float32)
+    assert any(type(m) is Fused for m in pack(model).model.modules()) == (way == "compiled")
     prompts, context = random_prompts(rng, model), model.cfg.context_length
     fast, slow = Cached(pack(model), prompts, context), Uncached(model, prompts, context)
     a, b = fast.read(), slow.read()
