@@ -59,7 +59,7 @@ def test_cached_writes_what_uncached_writes(seed):
     assert fast == greedy(Uncached(model, prompts, context), lengths)
 
 
-@pytest.mark.parametrize("way,seed", [*(("compiled", i) for i in range(30)), *(("torch", i) for i in range(8))])
+@pytest.mark.parametrize("way,seed", [("compiled", i) for i in range(30)] + [("torch", i) for i in range(8)])
 def test_cached_scores_are_those_of_uncached(way, seed, monkeypatch):
     if way == "torch": monkeypatch.setattr("minigpt_wb.sampling.weights.library", lambda: None)
     elif not compiler(): pytest.skip("no C compiler here")
