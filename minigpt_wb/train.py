@@ -24,6 +24,7 @@ from .config import RunConfig, resolve, tell
 from .run import Run, process_start
 from .watch import RunFailed
 from .data.cache import TokenCache
+from .data.prepare import bar_class
 from .ddp.process import Process, broadcast_object, first_says, group, identity
 from .ddp.ranks import parse_gpus, pick, say, start_ranks
 from .training.metrics import write_line
@@ -141,15 +142,14 @@ def in_terminal(run: Run, wanted: bool = True) -> Iterator[None]:
 
 def show_run(run: Run, over: threading.Event) -> None:
     "Follow the log and the heartbeat of rank 0 until `over`, and once more"
-    from tqdm import tqdm
     log, rest = run.log_path(0), ""
     log.touch()
-    with tqdm(unit=" steps", dynamic_ncols=True) as bar, log.open(errors="replace") as lines:
+    with bar_class()(unit=" steps", dynamic_ncols=True) as bar, log.open(errors="replace") as lines:
         lines.seek(run.stored_status().get("logged") or 0)  # after the lines of earlier starts
         while True:
             last = over.wait(0.2)
             *whole, rest = (rest + lines.read()).split("\n")
-            for line in whole: tqdm.write(line)
+            for line in whole: bar.write(line)
             bar.total = run.stored_status().get("total_steps")
             bar.n = run.heartbeats().get(0, {}).get("step", 0)
             bar.refresh()

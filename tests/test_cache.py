@@ -142,6 +142,24 @@ def test_a_kill_at_any_moment_is_harmless(tmp_path, text):
     assert whole(prepare(cfg, tmp_path, progress=False), text) and litter(tmp_path) == []
     print("after 30 kills:", seen)
 
+FORKED = """
+import os, sys
+from tqdm import tqdm
+from minigpt_wb.config import CorpusConfig
+from minigpt_wb.data.prepare import prepare
+lock = tqdm.get_lock()  # made before the fork: both have it
+if not os.fork():
+    lock.acquire()
+    os._exit(9)
+os.wait()
+print(prepare(CorpusConfig(data=sys.argv[2]), sys.argv[1], progress=False).path.name)
+"""
+
+def test_a_fork_killed_under_its_bar_blocks_nobody(tmp_path, text):
+    out, err = child(FORKED, tmp_path, text).communicate(timeout=60)
+    (cache,) = list_caches(tmp_path)
+    assert cache.path.name == out.strip(), (out, err)
+
 def test_an_interrupt_leaves_nothing(tmp_path, text, monkeypatch):
     def interrupted(*args): raise KeyboardInterrupt
     monkeypatch.setattr("minigpt_wb.data.cache.encode", interrupted)

@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'MODEL', 'OPTIM', 'STATE', 'MANIFEST', 'TOKENIZER', 'ASIDE'
            'regular_files', 'small_text', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json',
            'write_files', 'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish',
            'free_bytes', 'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints',
-           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'meant_by', 'pick', 'candidates',
+           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'meant_by', 'pick', 'named', 'candidates',
            'steps_of', 'first_intact', 'prune', 'load_model']
 
 # %% ../../nbs/42_training.checkpoints.ipynb #d3413d63
@@ -373,14 +373,18 @@ def find_checkpoint(ref: Run | str | Path, runs_dir: str | Path | None = None) -
 
 def meant_by(ref: Run | str | Path, runs_dir: str | Path | None = None) -> list[Checkpoint]:
     "The checkpoints that `ref` may mean, the most wanted first, not verified; ValueError when there is none"
-    if isinstance(ref, Run): return pick(list_checkpoints(ref), "latest", str(ref.path))
+    if isinstance(ref, Run): return named(list_checkpoints(ref), "latest", str(ref.path))
     path = Path(ref)
     if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()): return [Checkpoint(path)]
     name, which = split_ref(str(ref))
-    return pick(list_checkpoints(Run.open(name, runs_dir)), which or "latest", str(ref))
+    return named(list_checkpoints(Run.open(name, runs_dir)), which or "latest", str(ref))
 
-def pick(stored: Checkpoints, which: str, ref: str) -> list[Checkpoint]:
-    "The checkpoints of a store that may be the `latest`, the `best`, or a step"
+def pick(stored: Checkpoints, which: str, ref: str) -> Checkpoint:
+    "The checkpoint of a store that is the `latest`, the `best`, or a step, verified"
+    return first_intact(named(stored, which, ref), ref)
+
+def named(stored: Checkpoints, which: str, ref: str) -> list[Checkpoint]:
+    "The checkpoints of a store that `which` may mean, the most wanted first; ValueError when there is none"
     if not stored: raise ValueError(f"{ref} has no checkpoint yet in {stored.store}: see save_every")
     if which not in ("latest", "best") and not which.isdecimal():
         raise ValueError(f"{ref}: {which!r} is not latest, best or a step; there are {steps_of(stored)}")
