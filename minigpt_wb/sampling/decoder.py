@@ -4,13 +4,12 @@
 
 # %% auto #0
 __all__ = ['models', 'models_lock', 'TOO_LONG', 'OPTIONS', 'Detokenizer', 'Stops', 'Choice', 'Event', 'token_text', 'judge',
-           'Ready', 'ready', 'few_threads', 'Row', 'to_ids', 'stream_all', 'context_of', 'start_reading', 'stream',
-           'told_apart', 'Generation', 'generate', 'gathered', 'generate_text']
+           'Ready', 'ready', 'Row', 'to_ids', 'stream_all', 'context_of', 'start_reading', 'stream', 'told_apart',
+           'Generation', 'generate', 'gathered', 'generate_text']
 
 # %% ../../nbs/62_sampling.decoder.ipynb #a59c8d55
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -22,7 +21,7 @@ from ..config import note
 from ..data.tokenizer import byte_names, decode, encode, end_token
 from .samplers import Settings, check_scores, dice, draw, settings
 from .steps import Cached, Uncached
-from .weights import pack
+from .weights import Packed, pack
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
 
@@ -44,6 +43,9 @@ class Detokenizer:
         if whole == text:  # nothing is open: all but the newest tokens can go
             self.ids, self.sure = self.ids[self.sure:], len(self.ids) - self.sure
             self.told = len(self.text())
+        elif len(self.ids) > 64:  # no character is that long: what is open began lately
+            self.ids, self.sure = self.ids[-8:], 0
+            self.told = len(self.text().removesuffix("\ufffd"))
         return piece
 
     def flush(self) -> str:
@@ -111,9 +113,9 @@ def judge(logits: Tensor, token: int, tokenizer: "PreTrainedTokenizerFast", n: i
 class Ready:
     "What decoding keeps of a model: a lock, and its packed weights by kind"
     def __init__(self):
-        self.lock, self.packed, self.small = threading.RLock(), {}, None
+        self.lock, self.packed = threading.RLock(), {}
 
-    def pack(self, model: torch.nn.Module, weights: str):
+    def pack(self, model: torch.nn.Module, weights: str) -> Packed:
         "The packed model, made anew when a weight has changed; call under the lock"
         found = self.packed.get(weights)
         if found is None or not found.is_of(model): self.packed[weights] = found = pack(model, weights)
@@ -123,17 +125,6 @@ models, models_lock = WeakKeyDictionary(), threading.Lock()  # model -> Ready
 
 def ready(model: torch.nn.Module) -> Ready:
     with models_lock: return models.setdefault(model, Ready())
-
-@contextmanager
-def few_threads(model: torch.nn.Module) -> Iterator[None]:
-    "One thread for a small model on a CPU: its products are so short that threads mostly wait for each other"
-    threads, held = torch.get_num_threads(), ready(model)
-    if held.small is None:  # counted once: it takes as long as a layer
-        held.small = sum(p.numel() for p in model.parameters()) < 10_000_000
-    if held.small: torch.set_num_threads(1)
-    try: yield
-    finally:
-        if held.small: torch.set_num_threads(threads)
 
 # %% ../../nbs/62_sampling.decoder.ipynb #d7816056
 class Row:
@@ -188,6 +179,8 @@ def stream_all(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
     V = model.head_weight.shape[0]
     rows = [Row(i, tokenizer, to_ids(tokenizer, p, V), how, V)
             for i, (p, how) in enumerate(zip(prompts, hows, strict=True))]
+    if context_length is not None and context_length < 1:
+        raise ValueError(f"context_length={context_length} is not valid: give 1 or more")
     stopped, size = stopped or (lambda: False), context_length or context_of(model)
     room = max(row.limit for row in rows)
     read, windows = start_reading(model, [r.ids for r in rows], size, cached, weights, room)
@@ -217,7 +210,7 @@ def start_reading(model: torch.nn.Module, rows: list[list[int]], context_length:
     with held.lock: packed = held.pack(model, weights) if fast else None
     reader = Cached(packed, rows, context_length, room) if fast else Uncached(model, rows, context_length)
     def read(taken: dict[int, int] | None) -> dict[int, Tensor]:
-        with held.lock, few_threads(model): return reader.read(taken)
+        with held.lock: return reader.read(taken)
     return read, reader.windows
 
 # %% ../../nbs/62_sampling.decoder.ipynb #f8ceb80e
@@ -252,7 +245,10 @@ def generate(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
              batch_size: int = 16,     # texts that are written at once
              **more: Any) -> list[Generation]:
     "A text for each prompt and sample, in their order; `more`: single settings, and what `stream_all` takes"
-    if num_samples < 1: raise ValueError(f"num_samples={num_samples} is not valid: give 1 or more")
+    for name, n in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if n < 1: raise ValueError(f"{name}={n} is not valid: give 1 or more")
+    if any(isinstance(p, int) for p in prompts):
+        raise ValueError("prompts is a list of ids: give a list of texts, or of such lists")
     (values, options), prompts = told_apart(more), [prompts] if isinstance(prompts, str) else list(prompts)
     how = settings(how, **values)
     seeds = [None if how.seed is None else how.seed + j for j in range(num_samples)]

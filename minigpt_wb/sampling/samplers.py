@@ -45,7 +45,7 @@ def temperature(t: float) -> Sampler:
         raise ValueError(f"temperature={t} is not valid: expected 0 (greedy) or more, 1 is the plain model")
     first_best = lambda logits, ids=(): only(logits, logits.numpy().argmax(keepdims=True))
     if t == 0: return first_best
-    return lambda logits, ids=(): logits / t
+    return lambda logits, ids=(): (logits - logits.max()) / t  # none is too large, however small t is
 
 def top_k(k: int) -> Sampler:
     "Keep the `k` highest scores, the first of equal ones"
@@ -82,18 +82,21 @@ def repetition_penalty(factor: float) -> Sampler:
     if not (factor > 0 and math.isfinite(factor)):
         raise ValueError(f"repetition_penalty={factor} is not valid: expected 1 (none) or more")
     def penalise(logits: Tensor, ids: Sequence[int] = ()) -> Tensor:
-        seen = torch.tensor(sorted(set(ids)), dtype=torch.long)
-        then = logits[seen]
-        return logits.index_copy(0, seen, torch.where(then > 0, then / factor, then * factor))
+        seen = torch.tensor(sorted(set(ids)), dtype=torch.long, device=logits.device)
+        then, most = logits[seen], torch.finfo(logits.dtype).max
+        less = torch.where(then > 0, then / factor, then * factor).clamp(max=most)
+        return logits.index_copy(0, seen, less)
     return penalise
 
 def ban(forbidden: Iterable[int]) -> Sampler:
     "Never these ids"
-    forbidden = torch.tensor(sorted(set(forbidden)), dtype=torch.long)
+    forbidden = torch.tensor(sorted(set(forbidden)), dtype=torch.long, device="cpu")
     def keep(logits: Tensor, ids: Sequence[int] = ()) -> Tensor:
         if len(forbidden) and not 0 <= forbidden[0] <= forbidden[-1] < len(logits):
             raise ValueError(f"banned={forbidden.tolist()} is not valid: ids are 0 to {len(logits) - 1}")
-        return logits.index_fill(0, forbidden, -math.inf)
+        left = logits.index_fill(0, forbidden, -math.inf)
+        if not len(allowed(left)): raise ValueError("banned leaves no token to draw: ban fewer")
+        return left
     return keep
 
 def below(n: int) -> Sampler:
@@ -113,7 +116,7 @@ def draw(logits: Tensor, generator: torch.Generator | None = None) -> int:
     "One id from scores (V,), by their softmax"
     ids = allowed(logits)
     reached = relative(logits.numpy()[ids]).cumsum()
-    u = torch.rand((), dtype=torch.float64, generator=generator).item()
+    u = torch.rand((), dtype=torch.float64, generator=generator, device="cpu").item()
     place = np.searchsorted(reached, u * reached[-1], side="right")
     return int(ids[min(place, len(ids) - 1)])
 
@@ -128,7 +131,7 @@ def check_scores(logits: Tensor) -> Tensor:
 
 def dice(seed: int | None) -> torch.Generator:
     "A generator of its own; `None` differs each time"
-    generator = torch.Generator()
+    generator = torch.Generator("cpu")
     if seed is None: generator.seed()
     else: generator.manual_seed(seed)
     return generator

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizer import end_token
-from .decoder import Choice, context_of, few_threads, ready, to_ids, token_text
+from .decoder import Choice, context_of, ready, to_ids, token_text
 from .samplers import Settings, check_scores, settings
 
 if TYPE_CHECKING: from transformers import PreTrainedTokenizerFast
@@ -55,7 +55,7 @@ def all_scores(model: torch.nn.Module, ids: list[int], context_length: int | Non
     while done < len(ids):
         start = 0 if done == 0 else max(0, done - size // 2)
         window = ids[start:start + size]
-        with held.lock, few_threads(model):
+        with held.lock:
             packed = held.pack(model, "float32")
             hidden = packed.hidden(torch.tensor([window], device=packed.device))[0, done - start:]   # (T, C)
             rows = [r for part in hidden.split(64) for r in packed.logits(part).cpu()]
@@ -84,7 +84,7 @@ def next_scores(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast", pr
     "Scores (V,) of the token after `prompt`, on the CPU"
     ids, held = to_ids(tokenizer, prompt, model.head_weight.shape[0]), ready(model)
     size = context_length or context_of(model) or len(ids)
-    with held.lock, few_threads(model), torch.no_grad():
+    with held.lock, torch.no_grad():
         packed = held.pack(model, "float32")
         window = torch.tensor([ids[-size:]], device=packed.device)
         return packed.logits(packed.hidden(window)[:, -1])[0].cpu()

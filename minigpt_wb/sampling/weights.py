@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['FEW', 'PIECES', 'LARGE', 'WEIGHTS', 'Streamed', 'Rows', 'columns_of', 'by_columns', 'by_rows', 'Narrow', 'Int8',
-           'BFloat16', 'shallow', 'twin', 'replaceable', 'watched', 'Fused', 'fusable', 'places', 'fingerprint',
-           'in_pieces', 'Head', 'Packed', 'pack']
+           'BFloat16', 'shallow', 'twin', 'replaceable', 'goes_with', 'watched', 'Fused', 'fusable', 'places',
+           'fingerprint', 'in_pieces', 'Head', 'Packed', 'pack']
 
 # %% ../../nbs/60_sampling.weights.ipynb #b0d33977
 from collections.abc import Callable
 from functools import cached_property
+from types import MethodType
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ class Narrow(nn.Module):
 
     def back(self, y: Tensor, dtype: torch.dtype) -> Tensor:
         "A product (N, F) of bfloat16 as it was asked for"
-        return y.to(dtype) if self.bias is None else y + self.bias
+        return (y if self.bias is None else y + self.bias).to(dtype)
 
 # %% ../../nbs/60_sampling.weights.ipynb #6a9b20ff
 class Int8(Narrow):
@@ -140,7 +141,10 @@ class BFloat16(Narrow):
 def shallow(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
     "A `kind` with the tensors and modules of `module`"
     new = object.__new__(kind)
-    new.__dict__ = {k: v.copy() if isinstance(v, dict) else v for k, v in vars(module).items()}
+    for name, value in vars(module).items():
+        if isinstance(value, dict): value = value.copy()
+        if getattr(value, "__self__", None) is module: value = MethodType(value.__func__, new)
+        if name != "_compiled_call_impl": new.__dict__[name] = value  # it would call the other one
     return new
 
 def twin(module: nn.Module, swap: Callable[[nn.Module], nn.Module], made: dict | None = None) -> nn.Module:
@@ -157,20 +161,24 @@ def twin(module: nn.Module, swap: Callable[[nn.Module], nn.Module], made: dict |
 def replaceable(module: nn.Module, kept: Tensor) -> bool:
     "A plain Linear that nobody watches, whose weight is not `kept`"
     return (type(module) is nn.Linear and not watched(module) and module.weight is not kept
-            and module.weight.is_contiguous())
+            and module.weight.is_contiguous() and goes_with(module.bias, module.weight))
+
+def goes_with(bias: Tensor | None, weight: Tensor) -> bool:
+    "Whether a bias is none, or a plain row of the same kind of numbers"
+    return bias is None or bias.is_contiguous() and (bias.dtype, bias.device) == (weight.dtype, weight.device)
 
 def watched(module: nn.Module) -> bool:
-    "Whether somebody wants to hear of its calls"
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    "Whether its call does more than its class says: hooks, or a forward of its own"
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 # %% ../../nbs/60_sampling.weights.ipynb #d69d12d6
 class Fused(Block):
     "A block whose matrices are packed: one new token of each text is one call"
     def forward(self, x: Tensor, turn: tuple[Tensor, Tensor] | None = None, mask: Tensor | None = None,
                 cache: Cache | None = None) -> Tensor:
-        single = x.size(1) == 1 and x.size(0) <= FEW and x.dtype == torch.float32
-        if not (single and self.layer and type(cache) is Cache and cache.dtype == torch.float32):
-            return super().forward(x, turn, mask, cache)
+        plain = type(cache) is Cache and cache.dtype == x.dtype == torch.float32
+        single = x.size(1) == 1 and x.size(0) <= FEW and self.layer and x.size(2) == self.layer.qkv.I
+        if not (plain and single): return super().forward(x, turn, mask, cache)
         at, end = self.attention.layer, cache.end(x.size(0), 1)
         return run_layer(library(), self.layer, x, turn, mask, cache.keys[at], cache.values[at], end)
 
@@ -178,30 +186,38 @@ class Fused(Block):
     def layer(self) -> Layer | None:
         "What the call wants to know; None when a matrix is of another kind"
         parts = (self.attention.qkv, self.attention.out, self.mlp.up, self.mlp.gate, self.mlp.down)
-        native = all(hasattr(m, "matrix") for m in parts if m is not None)
-        return Layer.of(self, lambda m: m.matrix) if native else None
+        if not all(hasattr(m, "matrix") for m in parts if m is not None): return None
+        layer = Layer.of(self, lambda m: m.matrix)
+        return layer if layer.fits() else None
 
 def fusable(module: nn.Module) -> bool:
     "A block of ours, as it was built, on the CPU in float32"
-    if type(module) is not Block or library() is None or any(map(watched, module.modules())): return False
-    norms = (module.norm1, module.norm2, module.attention.q_norm, module.attention.k_norm)
-    as_built = all(type(m) in (nn.LayerNorm, nn.RMSNorm) for m in norms if m is not None)
-    return as_built and type(module.attention) is Attention and type(module.mlp) is MLP and \
-        all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()
-            for p in module.parameters())
+    if type(module) is not Block or any(map(watched, module.modules())): return False
+    if type(module.attention) is not Attention or type(module.mlp) is not MLP: return False
+    C, D = module.attention.qkv.in_features, module.attention.head_dim
+    norms = ((module.norm1, C), (module.norm2, C), (module.attention.q_norm, D), (module.attention.k_norm, D))
+    as_built = all(type(m) in (nn.LayerNorm, nn.RMSNorm) and m.normalized_shape == (n,)
+                   for m, n in norms if m is not None)
+    return as_built and all(p.device.type == "cpu" and p.dtype == torch.float32 and p.is_contiguous()
+                            for p in module.parameters()) and library() is not None
 
 # %% ../../nbs/60_sampling.weights.ipynb #3a824601
 def places(model: nn.Module) -> tuple:
-    "Where the numbers of `model` are"
-    return tuple((name, t.data_ptr(), t.shape) for name, t in model.state_dict(keep_vars=True).items())
+    "Where the numbers of `model` are, and what its modules are set to"
+    tensors = tuple((name, t.data_ptr(), t.shape) for name, t in model.state_dict(keep_vars=True).items())
+    plain = lambda m: tuple((k, v) for k, v in vars(m).items()
+                            if isinstance(v, (int, float, str)) and k != "training")
+    modules = tuple((id(m), watched(m), plain(m)) for m in model.modules())
+    transform, bias = (getattr(model, name, None) for name in ("logit_transform", "head_bias"))
+    return tensors, modules, id(getattr(transform, "__func__", transform)), bias is None or bias.data_ptr()
 
 def fingerprint(model: nn.Module) -> tuple:
     "A value that differs once any parameter or buffer of `model` has changed"
     tensors = [*model.parameters(), *model.buffers()]
     kept = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-    floats = [t.detach() for t in tensors if t.is_floating_point()]
-    norms = torch._foreach_norm([t if t.itemsize >= 4 else t.float() for t in floats]) if floats else []
-    return kept, tuple(str(n) for n in torch.stack([n.double() for n in norms]).tolist()) if norms else ()
+    floats = [t.detach() if t.itemsize >= 4 else t.detach().float() for t in tensors if t.is_floating_point()]
+    said = [*torch._foreach_norm(floats), *(t.sum() for t in floats)] if floats else []
+    return kept, tuple(str(n) for n in torch.stack([n.double() for n in said]).tolist()) if said else ()
 
 # %% ../../nbs/60_sampling.weights.ipynb #001c07f9
 LARGE = 4096  # rows of a head that is worth a copy
@@ -235,7 +251,9 @@ class Packed:
             if kind := self.kind(narrow, module.weight): return kind(module.weight, module.bias)
             return Rows(module) if in_pieces(module.weight, module.out_features % PIECES == 0) else module
         self.model, self.device = twin(model, swap), table.device
-        self.head = (self.kind(narrow, table) or Head)(table, getattr(model, "head_bias", None))
+        bias = getattr(model, "head_bias", None)
+        kind = self.kind(narrow, table) if goes_with(bias, table) else None
+        self.head = (kind or Head)(table, bias)
         self.copied = bool(narrow) or getattr(self.head, "columns", None) is not None
         self.mark = self.marked(model)
         self.hidden, self.new_cache = self.model.hidden, getattr(self.model, "new_cache", None)
@@ -247,8 +265,8 @@ class Packed:
         return next((k for k in (narrow, Streamed) if k and k.fits(weight)), None)
 
     def marked(self, model: nn.Module) -> tuple:
-        "What must stay the same for this to be that model: where its numbers are; copied ones, too"
-        return fingerprint(model) if self.copied else places(model)
+        "What must not change: where the model's numbers are; when they were copied, the numbers"
+        return places(model), fingerprint(model) if self.copied else ()
 
     def is_of(self, model: nn.Module) -> bool:
         "Whether this is still what `model` is"
