@@ -278,12 +278,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict): return {k: plain(v) for k, v in value.items()}
     return [plain(v) for v in value] if isinstance(value, (tuple, list)) else value
 
-def write_atomically(path: Path, text: str) -> None:
-    "Replace `path` by `text` in one rename, so that a reader sees the old file or the new one"
+def write_atomically(path: Path, text: str, replace: bool = True) -> None:
+    "Put `text` into `path` in one step, seen whole or not at all; FileExistsError unless `replace`"
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
+        if replace: part.replace(path)
+        else: os.link(part, path)  # fails when it has come to exist in the meantime
     finally: part.unlink(missing_ok=True)
 
 # %% ../nbs/00_config.ipynb #6142be65

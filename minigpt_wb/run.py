@@ -114,7 +114,7 @@ def checked_name(name: Any) -> str:
 def split_ref(ref: str | Path) -> tuple[str, str | None]:
     "`RUN@500` as (`RUN`, `500`); no checkpoint named: (`RUN`, None)"
     run, at, checkpoint = str(ref).rpartition("@")
-    return (run, checkpoint) if at and "/" not in checkpoint and not Path(ref).is_dir() else (str(ref), None)
+    return (run, checkpoint) if at and "/" not in checkpoint and not os.path.isdir(ref) else (str(ref), None)
 
 def is_run(path: Path) -> bool:
     "Does this folder look like a run?"

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ FOREVER = ["--max-new-tokens", "1000000", "--banned", END, "--device", "cpu"]
 def runs(tmp_path_factory):
     "A folder with one tiny trained run, `tiny`"
     folder = tmp_path_factory.mktemp("talk") / "runs"
-    settings = flags(**TINY, max_steps=4, gpus=1, runs_dir=folder, run_name="tiny")
+    settings = flags(**TINY | dict(save_every=2), max_steps=4, gpus=1, runs_dir=folder, run_name="tiny")
     subprocess.run([BIN / "minigpt", "train", *settings], check=True, capture_output=True, cwd=folder.parent)
     return folder
 
@@ -149,6 +150,35 @@ def test_a_file_is_replaced_only_by_force(minigpt, tmp_path):
     assert file.read_text().startswith("x") and [p.name for p in tmp_path.iterdir()] == ["o.txt"]
 
 
+def test_a_file_that_comes_to_be_while_it_writes_is_kept(minigpt, tmp_path, monkeypatch):
+    from minigpt_wb.sampling import decoder
+    fast, file = decoder.stream_all, tmp_path / "o.txt"
+    def meanwhile(*args, **kwargs):
+        file.write_text("precious")
+        return fast(*args, **kwargs)
+    monkeypatch.setattr(decoder, "stream_all", meanwhile)
+    status, out, err = minigpt("generate", "--prompt", "x", "--output", file)
+    assert (status, out) == (2, "") and "exists: give --force" in err and file.read_text() == "precious"
+
+
+def test_however_small_a_temperature_is(minigpt):
+    greedy, small = (minigpt("generate", "--prompt", "x", "--temperature", t)[1] for t in ("0", "1e-40"))
+    assert greedy == small and len(greedy) > 5
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(minigpt, runs, tmp_path):
+    shutil.copytree(runs, tmp_path / "copy")
+    *_, newest = sorted((tmp_path / "copy/tiny/checkpoints").glob("step_*"))
+    weights = newest / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-9] ^= 1
+    weights.write_bytes(data)
+    status, out, err = minigpt("generate", "tiny", "--prompt", "x", place=tmp_path / "copy")
+    assert status == 0 and out.startswith("x") and f"instead of {newest.name} (model.safetensors" in err
+    status, out, err = minigpt("generate", "tiny@4", "--prompt", "x", place=tmp_path / "copy")
+    assert (status, out) == (2, "") and "holds no intact checkpoint" in err
+
+
 @pytest.mark.parametrize("typed, said", [
     ("--temperature -1", "temperature='-1' is not valid"), ("--top-p 0", "top_p='0' is not valid"),
     ("--top_p 1.1", "top_p='1.1' is not valid"), ("--top_k 0", "top_k='0' is not valid"),
@@ -165,7 +195,10 @@ def test_a_file_is_replaced_only_by_force(minigpt, tmp_path):
     ("--temprature 1", "did you mean 'temperature'"),
     ("tiny tiny", "'tiny' is too much"), ("--output no/o.txt", "there is no folder no"),
     ("--output .", ". is not a file"), ("--output /dev/null --force", "/dev/null is not a file"),
-    ("--interactive", "--interactive goes without prompt"), ("--seed", "--seed needs a value")])
+    ("--interactive", "--interactive goes without prompt"), ("--seed", "--seed needs a value"),
+    ("--banned " + ",".join(map(str, range(257))), "banned leaves no token to draw"),
+    ("a" * 300, "no run 'aaa"), ("--output " + "a" * 300, "File name too long")],
+    ids=lambda v: v[:30])
 def test_bad_input_is_a_line(typed, said, minigpt):
     status, out, err = minigpt("generate", *typed.split(), "--prompt", "x")
     assert (status, out) == (2, "") and said in err and err.splitlines()[-1].startswith(("minigpt: ", "  ["))

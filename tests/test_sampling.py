@@ -1,5 +1,5 @@
 "Writing text where a cell is too small: random shapes, thread counts, frequencies, other people's models."
-import math, random, threading
+import math, os, random, subprocess, sys, threading
 
 import pytest
 import torch
@@ -21,7 +21,9 @@ SAMPLED = dict(max_new_tokens=30, temperature=1.2, top_k=None, top_p=0.95, seed=
 def random_model(rng: random.Random, dtype: torch.dtype) -> GPT:
     "A GPT of any shape that the config allows, small, with weights large enough that attention matters"
     n_head = rng.choice([1, 2, 4])
-    shape = dict(n_layer=rng.randint(1, 3), n_head=n_head, d_model=16 * n_head,
+    head_dim = rng.choice([16, 2, 6, 34])
+    shape = dict(n_layer=rng.randint(1, 3), n_head=n_head, d_model=n_head * rng.choice([16, 7, 25]),
+                 head_dim=head_dim, d_ff=rng.choice([None, 37, 96]),
                  vocab_size=rng.choice([5, 257, 999]), context_length=rng.choice([1, 2, 7, 16, 40]),
                  bias=rng.random() < 0.5, qk_norm=rng.random() < 0.5,
                  position=rng.choice(["learned", "rotary"]), norm=rng.choice(["layernorm", "rmsnorm"]),
@@ -33,9 +35,10 @@ def random_model(rng: random.Random, dtype: torch.dtype) -> GPT:
 
 
 def random_prompts(rng: random.Random, model: GPT) -> list[list[int]]:
-    "One to six prompts, some longer than the context"
+    "One to six prompts, for a short context now and then 70, some longer than the context"
     V, n = model.cfg.vocab_size, model.cfg.context_length
     lengths = [rng.choice([1, 2, n, n + 3, 3 * n]) for _ in range(rng.randint(1, 6))]
+    if n < 8 and rng.random() < 0.2: lengths = [n] * 70  # more than the compiled code takes
     return [[rng.randrange(V) for _ in range(length)] for length in lengths]
 
 
@@ -179,6 +182,123 @@ def test_weights_that_change_change_the_text():
         change()
         fast, slow = (generate(model, LETTERS, ["a"], cached=c, **SAMPLED)[0].text for c in (True, False))
         assert fast == slow, what
+
+
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_bits_depend_on_nobody_else(weights):
+    "On 1 and 2 threads, alone and in a batch: the scores of one token, bit by bit"
+    model, before = model_for(LETTERS, d_model=512), torch.get_num_threads()
+    for p in model.parameters(): p.data += 0.01  # no bias is zero
+    packed, ids = pack(model, weights), [list(b"one text"), list(b"some of a"), list(b"batch"), list(b"of 4")]
+    x = torch.randn(len(ids), 1, 512)
+    def scores(rows: list[int]) -> torch.Tensor:
+        cache = packed.new_cache(len(rows), 4)
+        with torch.no_grad(): y = packed.model.layers[0](x[rows], None, None, cache)
+        return packed.logits(y[:, 0])
+    try:
+        together = []
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            together += [scores([0, 1, 2, 3]), torch.cat([scores([i]) for i in range(4)])]
+    finally: torch.set_num_threads(before)
+    if not compiler(): pytest.skip("no C compiler here, and torch promises less")
+    assert all(torch.equal(t, together[0]) for t in together)
+
+
+def test_numbers_that_move_in_mid_text():
+    "A model whose tensors are replaced while it writes: the old ones are not read once they are gone"
+    model = model_for(LETTERS)
+    whole = generate(model, LETTERS, ["abc"], **SAMPLED)[0].text
+    events = stream(model, LETTERS, "abc", **SAMPLED)
+    text = next(events).text
+    for p in model.parameters(): p.data = p.data.clone()
+    rubbish = [torch.full((p.numel(),), torch.nan) for p in model.parameters()]
+    assert text + "".join(e.text for e in events) == whole and rubbish
+
+
+@pytest.mark.parametrize("what", ["logit_transform", "head_bias", "eps", "hook", "forward", "compile"])
+def test_a_model_that_is_set_up_anew(what):
+    "What is no weight counts as well, whenever it was set"
+    model = model_for(LETTERS)
+    generate(model, LETTERS, ["a"], **SAMPLED)
+    block, heard = model.layers[0], []
+    if what == "logit_transform": model.logit_transform = lambda y: -y
+    if what == "head_bias": model.head_bias = torch.randn(257) * 5
+    if what == "eps": block.norm1.eps, block.mlp.activation = 3.0, "gelu_tanh"
+    if what == "hook": block.mlp.register_forward_hook(lambda m, x, y: (heard.append(1), y * -3)[1])
+    if what == "forward":
+        down = block.mlp.down
+        down.forward = lambda x: torch.nn.functional.linear(x, down.weight, down.bias) * -3
+    if what == "compile":
+        model = GPT(ModelConfig(**vars(model.cfg) | dict(dropout=0.5)))
+        for layer in model.layers: layer.compile(backend="eager")
+    fast, slow = (generate(model, LETTERS, ["a"], cached=c, **SAMPLED)[0].text for c in (True, False))
+    assert fast == slow and bool(heard) == (what == "hook")
+
+
+ALONE = """
+import sys, torch
+from minigpt_wb.config import ModelConfig
+from minigpt_wb.data.tokenizer import load_tokenizer
+from minigpt_wb.model.gpt import GPT
+from minigpt_wb.sampling.decoder import generate
+from minigpt_wb.sampling.native import code_dir, library
+tokenizer = load_tokenizer("bytes")
+torch.manual_seed(5)
+model = GPT(ModelConfig(n_layer=1, n_head=2, d_model=32, context_length=32, vocab_size=257, init_std=0.2))
+{before}
+text = generate(model, tokenizer, ["a"], max_new_tokens=20, seed=1)[0].text
+{after}
+print(library() is not None, len(list(code_dir().glob("*"))), ascii(text))
+"""
+
+
+def written_alone(tmp_path, before="", after="", **env) -> list[str]:
+    "What a process of its own writes, its compiled code in `tmp_path` -> [whether compiled, files, text]"
+    env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)} | env
+    code = ALONE.format(before=before, after=after)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [*done.stdout.split(" ", 2), done.stderr]
+
+
+@pytest.mark.skipif(not compiler(), reason="no C compiler here")
+def test_compiled_code_that_is_damaged_is_made_again(tmp_path):
+    compiled, files, text, _ = written_alone(tmp_path)
+    assert (compiled, files) == ("True", "2")
+    [made] = (tmp_path / "minigpt_wb/native").glob("*.so")
+    good = made.read_bytes()
+    made.write_bytes(good[:5000])
+    assert written_alone(tmp_path)[:3] == ["True", "2", text] and made.read_bytes()[:4] == good[:4]
+
+
+@pytest.fixture(scope="module")
+def by_torch(tmp_path_factory):
+    "What is written without compiled code"
+    return written_alone(tmp_path_factory.mktemp("none"), MINIGPT_WB_NATIVE="0")[2]
+
+
+USELESS = ("exit 1", r"printf '\377' >&2; exit 1", "echo x > $(echo $* | grep -o '[^ ]*decode.so')")
+
+
+@pytest.mark.parametrize("compiles", USELESS, ids=["fails", "says no text", "makes no library"])
+def test_a_compiler_of_no_use_is_said_and_done_without(tmp_path, compiles, by_torch):
+    fake = tmp_path / "cc"
+    fake.write_text(f"#!/bin/sh\n{compiles}\n")
+    fake.chmod(0o755)
+    compiled, _, text, said = written_alone(tmp_path / "cache", CC=str(fake))
+    assert compiled == "False" and "the C compiler is of no use here" in said
+    assert text == by_torch
+
+
+def test_defaults_of_a_process_are_its_own(tmp_path):
+    "Device, kind of float, threads and random numbers: what decoding finds it leaves, and does not depend on"
+    text = written_alone(tmp_path)[2]
+    before = "torch.set_default_device('meta'); torch.set_default_dtype(torch.float64)"
+    assert written_alone(tmp_path / "other", before)[2] == text
+    before = "torch.set_num_threads(2); state = torch.get_rng_state()"
+    after = "assert torch.get_num_threads() == 2 and torch.equal(state, torch.get_rng_state())"
+    assert written_alone(tmp_path / "new", before, after)[2] == text
 
 
 class Wrapped(torch.nn.Module):

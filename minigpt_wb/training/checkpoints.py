@@ -375,7 +375,8 @@ def meant_by(ref: Run | str | Path, runs_dir: str | Path | None = None) -> list[
     "The checkpoints that `ref` may mean, the most wanted first, not verified; ValueError when there is none"
     if isinstance(ref, Run): return named(list_checkpoints(ref), "latest", str(ref.path))
     path = Path(ref)
-    if path.is_dir() and (step_of(path) is not None or (path / MANIFEST).exists()): return [Checkpoint(path)]
+    if os.path.isdir(path) and (step_of(path) is not None or (path / MANIFEST).exists()):
+        return [Checkpoint(path)]
     name, which = split_ref(str(ref))
     return named(list_checkpoints(Run.open(name, runs_dir)), which or "latest", str(ref))
 

@@ -7,7 +7,7 @@ __all__ = ['WIDE', 'FIXED', 'NARROW', 'BROAD', 'Panel', 'Pace', 'Shelf', 'Picker
            'ended', 'playground']
 
 # %% ../../nbs/83_views.sampler.ipynb #815a8c59
-import secrets, threading, time
+import os, secrets, threading, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ class Picker(W.HBox):
     def choose(self, ref: str) -> None:
         "Choose RUN@500, a run's newest by RUN, `latest`, or a file; ValueError when it is not there"
         if ref == "latest": return
-        if Path(ref).expanduser().is_file():  # of another system: no run lists it
+        if os.path.isfile(Path(ref).expanduser()):  # of another system: no run lists it
             self.others.append(str(Path(ref).expanduser()))
             self.refresh()
             ref = self.others[-1]
@@ -310,6 +310,7 @@ class Playground(Texts):
         try:
             opened = self.shelf.get(node.about["checkpoint"])
             ids = to_ids(opened.tokenizer, node.prompt, opened.model.head_weight.shape[0])
+            how = fitting(node.about["values"], len(opened.tokenizer))
         except ValueError:
             self.drop(node)
             raise
@@ -318,7 +319,6 @@ class Playground(Texts):
             node.tokens[0]["text"] = Detokenizer(opened.tokenizer, ids[:-1]).push(ids[-1])
             with self.mutex:
                 if self.here == node.id: self.draw()
-        how = fitting(node.about["values"], len(opened.tokenizer))
         try:
             for event in stream(opened.model, opened.tokenizer, ids, how, stopped=stopped,
                                 on_slide=notes.setdefault):
