@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['models', 'models_lock', 'TOO_LONG', 'OPTIONS', 'Detokenizer', 'Stops', 'Choice', 'Event', 'token_text', 'judge',
            'Ready', 'ready', 'Row', 'to_ids', 'stream_all', 'context_of', 'start_reading', 'stream', 'told_apart',
-           'Generation', 'generate', 'gathered', 'generate_text']
+           'Generation', 'generate', 'samples_of', 'write_all', 'gathered', 'generate_text']
 
 # %% ../../nbs/62_sampling.decoder.ipynb #a59c8d55
 import threading
@@ -245,21 +245,37 @@ def generate(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
              batch_size: int = 16,     # texts that are written at once
              **more: Any) -> list[Generation]:
     "A text for each prompt and sample, in their order; `more`: single settings, and what `stream_all` takes"
-    for name, n in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if n < 1: raise ValueError(f"{name}={n} is not valid: give 1 or more")
+    values, options = told_apart(more)
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    wanted = samples_of(prompts, settings(how, **values), num_samples)
+    by_length = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0]))  # rows of like length: no padding
+    found = write_all(model, tokenizer, [wanted[i] for i in by_length], batch_size, **options)
+    return [g for _, g in sorted(zip(by_length, found), key=lambda pair: pair[0])]
+
+def samples_of(prompts: Sequence[str | Sequence[int]], how: Settings,
+               n: int) -> list[tuple[str | Sequence[int], Settings]]:
+    "Each prompt `n` times, with the seeds seed, seed + 1, ..."
+    if n < 1: raise ValueError(f"num_samples={n} is not valid: give 1 or more")
     if any(isinstance(p, int) for p in prompts):
         raise ValueError("prompts is a list of ids: give a list of texts, or of such lists")
-    (values, options), prompts = told_apart(more), [prompts] if isinstance(prompts, str) else list(prompts)
-    how = settings(how, **values)
-    seeds = [None if how.seed is None else how.seed + j for j in range(num_samples)]
-    wanted = [(p, replace(how, seed=seed)) for p in prompts for seed in seeds]
-    by_length, out = sorted(range(len(wanted)), key=lambda i: len(wanted[i][0])), [None] * len(wanted)
-    for start in range(0, len(wanted), batch_size):  # rows of like length waste no padding
-        part = by_length[start:start + batch_size]
-        events = list(stream_all(model, tokenizer, *zip(*(wanted[i] for i in part)), **options))
-        for row, i in enumerate(part):
-            out[i] = gathered(tokenizer, *wanted[i], [e for e in events if e.row == row])
-    return out
+    seeds = [None if how.seed is None else how.seed + j for j in range(n)]
+    return [(p, replace(how, seed=seed)) for p in prompts for seed in seeds]
+
+def write_all(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast",
+              wanted: Sequence[tuple[str | Sequence[int], Settings]],
+              batch_size: int = 16,                            # texts that are written at once
+              hear: Callable[[Event], None] = lambda event: None,
+              **options: Any) -> Iterator[Generation]:
+    "A text for each prompt and its settings, in order, until stopped; `options` of `stream_all`"
+    if batch_size < 1: raise ValueError(f"batch_size={batch_size} is not valid: give 1 or more")
+    for start in range(0, len(wanted), batch_size):
+        part, events = wanted[start:start + batch_size], []
+        for event in stream_all(model, tokenizer, *zip(*part), **options):
+            events.append(event)
+            hear(event)
+        for row, (prompt, how) in enumerate(part):
+            yield gathered(tokenizer, prompt, how, [e for e in events if e.row == row])
+        if events[-1].end == "stopped": return
 
 def gathered(tokenizer: "PreTrainedTokenizerFast", prompt: str | Sequence[int], how: Settings,
              events: list[Event]) -> Generation:

@@ -8,7 +8,6 @@ __all__ = ['KINDS', 'write_batch', 'row_of', 'rows_html', 'as_csv', 'save_rows',
 # %% ../../nbs/86_views.batch.ipynb #4338c111
 import csv, io, json, os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import ipywidgets as W
 
 from ..config import write_atomically
 from ..data.text import read_prompts, unescaped
-from ..sampling.decoder import gathered, stream_all
+from ..sampling.decoder import Event, Generation, samples_of, write_all
 from ..sampling.open import Opened
 from ..sampling.samplers import Settings, settings
 from .html import Html, esc, table
@@ -30,26 +29,20 @@ def write_batch(opened: Opened, prompts: Sequence[str], n: int = 1, how: Setting
                 batch_size: int = 16, **values: Any) -> list[dict[str, Any]]:
     # `values`: single settings
     "`n` texts after each prompt: rows of prompt, sample, text, tokens, end, checkpoint and the settings"
-    if n < 1: raise ValueError(f"samples={n} is not valid: give 1 or more")
-    how, rows, tokens, ended = settings(how, **values), [], 0, 0
-    seeds = [None if how.seed is None else how.seed + j for j in range(n)]
-    wanted = [(p, replace(how, seed=seed)) for p in prompts for seed in seeds]
-    for start in range(0, len(wanted), batch_size):
-        if stopped and stopped(): break
-        part, events = wanted[start:start + batch_size], []
-        for event in stream_all(opened.model, opened.tokenizer, *zip(*part), stopped=stopped, on_slide=None):
-            events.append(event)
-            tokens, ended = tokens + (event.id is not None), ended + (event.end is not None)
-            hear(ended, tokens)
-        rows += [row_of(opened, (start + i) % n, p, h, [e for e in events if e.row == i])
-                 for i, (p, h) in enumerate(part)]
-    return rows
+    tokens = ended = 0
+    def count(event: Event) -> None:
+        nonlocal tokens, ended
+        tokens, ended = tokens + (event.id is not None), ended + (event.end is not None)
+        hear(ended, tokens)
+    wanted = samples_of(prompts, settings(how, **values), n)
+    found = write_all(opened.model, opened.tokenizer, wanted, batch_size, count, stopped=stopped,
+                      on_slide=None)
+    return [row_of(opened, i % n, g, h) for i, (g, (_, h)) in enumerate(zip(found, wanted))]
 
-def row_of(opened: Opened, sample: int, prompt: str, how: Settings, events: list) -> dict[str, Any]:
-    "The events of one text as a row"
-    g = gathered(opened.tokenizer, prompt, how, events)
+def row_of(opened: Opened, sample: int, g: Generation, how: Settings) -> dict[str, Any]:
+    "A text as a row"
     drawn = dict(temperature=how.temperature, top_k=how.top_k, top_p=how.top_p, seed=how.seed)
-    return dict(prompt=prompt, sample=sample + 1, text=g.text, tokens=len(g.ids), end=g.end,
+    return dict(prompt=g.prompt, sample=sample + 1, text=g.text, tokens=len(g.ids), end=g.end,
                 checkpoint=opened.name) | drawn
 
 def rows_html(rows: Sequence[dict[str, Any]], n: int = 100) -> Html:

@@ -18,7 +18,7 @@ CLICKED = """(name) => {  // when the next click is made, how long until the sta
 }"""
 HARM = "<img src=x onerror='window.XSS=1'><script>window.XSS=2</script></div>\u202e\x07&lt;"
 SLOWLY = """
-import time, minigpt_wb.views.{module} as module
+import time, minigpt_wb.{module} as module
 fast = module.{name}
 def slowly(*args, **kwargs):
     for x in fast(*args, **kwargs): time.sleep({delay}); yield x
@@ -115,7 +115,8 @@ def open_app(open_nb, three):
     def go(module, name, *before, delay=0, slow="", **values):
         call = f"panel = {name}({str(three)!r}, **{values!r}); panel"
         call = f"from minigpt_wb.views.{module} import {name}\n{call}"
-        cells = [SLOWLY.format(module=module, name=slow, delay=delay)] if slow else []
+        where = "sampling.decoder" if slow == "stream_all" else f"views.{module}"
+        cells = [SLOWLY.format(module=where, name=slow, delay=delay)] if slow else []
         nb = open_nb(*cells, *before, call)
         nb.run_all()
         app = App(nb, name.replace("_", "-"))
