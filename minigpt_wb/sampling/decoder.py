@@ -124,6 +124,7 @@ class Ready:
 models, models_lock = WeakKeyDictionary(), threading.Lock()  # model -> Ready
 
 def ready(model: torch.nn.Module) -> Ready:
+    "What is kept of `model`, as long as it is there"
     with models_lock: return models.setdefault(model, Ready())
 
 # %% ../../nbs/62_sampling.decoder.ipynb #d7816056

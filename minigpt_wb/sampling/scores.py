@@ -49,7 +49,7 @@ def score_text(model: torch.nn.Module, tokenizer: "PreTrainedTokenizerFast", tex
     return list(each_score(model, tokenizer, text, alternatives, context_length))
 
 @torch.no_grad()
-def all_scores(model: torch.nn.Module, ids: list[int], context_length: int | None):
+def all_scores(model: torch.nn.Module, ids: list[int], context_length: int | None) -> Iterator[Tensor]:
     "Scores (V,) of what follows each of `ids`, in order"
     size, done, held = context_length or max(len(ids), 1), 0, ready(model)
     while done < len(ids):

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .weights import Packed
+
 # %% ../../nbs/61_sampling.steps.ipynb #2ed4b897
 def crop(ids: list[int], context_length: int | None) -> list[int]:
     "`ids`, or when the context cannot hold them the newest half of a context"
@@ -61,7 +63,7 @@ class Uncached:
 # %% ../../nbs/61_sampling.steps.ipynb #fd818124
 class Cached:
     "Scores of the next token of each row, with a cache of what was read; `model` is packed"
-    def __init__(self, model, rows: Sequence[Sequence[int]], context_length: int | None = None,
+    def __init__(self, model: Packed, rows: Sequence[Sequence[int]], context_length: int | None = None,
                  room: int = 256):  # room: columns for new tokens
         self.model, self.windows, self.room = model, Windows(rows, context_length), room
 

@@ -55,6 +55,7 @@ def rows_html(rows: Sequence[dict[str, Any]], n: int = 100) -> Html:
 
 # %% ../../nbs/86_views.batch.ipynb #fc19effd
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    "Rows with a header"
     out = io.StringIO()
     writer = csv.DictWriter(out, list(rows[0]))
     writer.writeheader()
@@ -80,6 +81,7 @@ def save_rows(rows: Sequence[dict[str, Any]], path: str | Path, replace: bool = 
     return path
 
 def there_is(path: Path) -> str:
+    "Why a path is not written to"
     if path.is_dir(): return f"{path} is a folder: give a file's name"
     return f"{path} exists: give another name, or choose to replace it"
 
@@ -124,6 +126,7 @@ class Batch(Panel):
 
     def write(self, ref: str | None, text: str, file: str, n: int, values: dict,
               stopped: Callable[[], bool]) -> str:
+        "Write all texts, in the job's thread"
         prompts, pace = asked_for(text, file), Pace()
         opened, total = self.shelf.get(ref), len(prompts) * n
         self.bar.max = total

@@ -107,6 +107,7 @@ class Compare(Panel):
         return self.start(lambda stopped: self.write(*asked, stopped), "opening the checkpoints", ready)
 
     def write(self, refs: Sequence[str], prompt: str, values: dict, stopped: Callable[[], bool]) -> str:
+        "Write both texts, a token of each in turns, in the job's thread"
         opened, notes, pace = [self.shelf.get(ref) for ref in refs], {}, Pace()
         self.names = [o.name for o in opened]
         for head, o in zip(self.heads, opened): head.value = Html(f"<b>{esc(in_line(told(o)))}</b>")

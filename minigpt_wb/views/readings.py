@@ -172,6 +172,7 @@ class NextToken(Panel):
         return self.start(lambda stopped: self.read(ref, prompt, stopped), "reading")
 
     def read(self, ref: str | None, prompt: str, stopped: Callable[[], bool]) -> str:
+        "Read the prompt, in the job's thread"
         opened = self.shelf.get(ref)
         if stopped(): return "stopped"
         scores = next_scores(opened.model, opened.tokenizer, prompt)

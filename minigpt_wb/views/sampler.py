@@ -57,6 +57,7 @@ class Panel:
         return True
 
     def work(self, job: Callable, stopped: threading.Event) -> None:
+        "Do the job, in its thread, and say how it ended"
         last, failed = "", True
         try: last, failed = job(stopped.is_set), False
         except ValueError as e: last = str(e)

@@ -121,7 +121,8 @@ def differences(a: Sequence[Any], b: Sequence[Any]) -> list[float | None] | None
     "Nats by token, b minus a; None when the two do not have the same tokens"
     a, b = list(map(plain, a)), list(map(plain, b))
     if [t["token"] for t in a] != [t["token"] for t in b]: return None
-    return [None if None in (x["nats"], y["nats"]) else y["nats"] - x["nats"] for x, y in zip(a, b)]
+    nats = [(x["nats"], y["nats"]) for x, y in zip(a, b)]
+    return [None if None in pair else 0.0 if pair[0] == pair[1] else pair[1] - pair[0] for pair in nats]
 
 def surprisal_html(a: Sequence[Any], b: Sequence[Any] | None = None,
                    names: Sequence[str] = ("first", "second")) -> Html:
@@ -299,7 +300,9 @@ def node_label(tree: Tree, node: Node) -> str:
     new, old = (in_line(t["token"]) for t in (node.tokens[0], tree.path(node.parent)[node.at]))
     return f"{node.id + 1}: '{shortened(new)}' for '{shortened(old)}' at {node.at}"
 
-def shortened(text: str, n: int = 32) -> str: return text if len(text) <= n else text[:n - 1] + "…"
+def shortened(text: str, n: int = 32) -> str:
+    "`text`, cut to `n` characters"
+    return text if len(text) <= n else text[:n - 1] + "…"
 
 def tree_html(tree: Tree) -> Html:
     "A line for each text: where it branched off, and what is new in it"
