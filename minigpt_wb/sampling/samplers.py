@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Sampler', 'allowed', 'best_first', 'only', 'temperature', 'top_k', 'top_p', 'relative', 'min_p', 'repetition_penalty',
-           'ban', 'below', 'chain', 'draw', 'check_scores', 'dice', 'Settings', 'settings']
+           'ban', 'below', 'chain', 'draw', 'check_scores', 'dice', 'Settings', 'settings', 'given']
 
 # %% ../../nbs/59_sampling.samplers.ipynb #5b022927
 import math
@@ -17,7 +17,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from ..config import Amount, Count, Positive, Whole, did_you_mean, ours, section, validated
+from ..config import ALIASES, Amount, Count, Positive, Whole, did_you_mean, ours, section, validated
+from ..flags import READ, parameters_in
 
 # %% ../../nbs/59_sampling.samplers.ipynb #74ecec69
 Sampler = Callable[[Tensor, Sequence[int]], Tensor]  # logits (V,) float32, ids so far -> logits (V,)
@@ -176,5 +177,18 @@ def settings(base: Settings | None = None, **values: Any) -> Settings:
                              f"there are {', '.join(known)}")
         if new in ("stop", "banned") and isinstance(value, (str, int)): value = (value,)
         if new in ("top_k", "seed") and str(value).lower() in ("none", "all", "off"): value = None
+        if new == "top_k" and str(value) == "0":
+            raise ValueError(f"top_k={value!r} is not valid: give 1 or more, or none to draw from all tokens")
         named[new] = value
     return validated(Settings, vars(base or Settings()) | named)
+
+# %% ../../nbs/59_sampling.samplers.ipynb #2488f918
+def given(namespace: dict[str, Any], before: set[str], *others: str) -> dict[str, Any]:
+    # `namespace`: `globals()` of a notebook; `before`: its names above the parameters; `others`: no settings
+    "The settings among a notebook's parameters; ValueError for a name that means nothing"
+    known = [f.name for f in fields(Settings)]
+    found = parameters_in(namespace, before, [*known, *(a for a, ours in ALIASES.items() if ours in known)])
+    values = {k: v for k, v in found.items() if k not in others}
+    settings(**values)
+    namespace[READ] = True
+    return values

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..config import (DEFAULT_PRESET, ENTRY, LENGTHS, RunConfig, read_config, resolve, take,
-                               tell)
-from ..flags import from_flags, split_flags
+from ..config import (ALIASES, DEFAULT_PRESET, ENTRY, LENGTHS, TURNED, RunConfig, leaf_names,
+                               read_config, resolve, take, tell)
+from ..flags import READ, from_flags, parameters_in, split_flags
 from ..run import Run, checked_name, runs_root
 from .._papermill import NOTEBOOK
 from ..data.batches import Windows
@@ -119,12 +119,15 @@ def given(namespace: dict[str, Any], before: set[str]) -> tuple[dict[str, Any], 
     # `namespace`: `globals()` of a notebook
     # `before`: its names above the parameters
     "(arguments of `launch`, config) that the new names ask for; ValueError for a name that means nothing"
-    new = {k: v for k, v in namespace.items() if k not in before and k[0] != "_" and v is not before}
+    new = parameters_in(namespace, before, [*leaf_names(), *ALIASES, *TURNED, *ENTRY])
     entry, settings = take({k: v for k, v in new.items() if v is not None}, ENTRY)
     config, entry = entry.get("config"), arguments(entry)
-    if entry.get("resume") is None: return entry, resolve(entry["preset"], config, **settings)
-    entry["resume"] = start = find(entry)
-    return entry, resumed_config(start, file_over(start, {"config": config}), **settings)
+    if entry.get("resume") is None: cfg = resolve(entry["preset"], config, **settings)
+    else:
+        entry["resume"] = start = find(entry)
+        cfg = resumed_config(start, file_over(start, {"config": config}), **settings)
+    namespace[READ] = True
+    return entry, cfg
 
 # %% ../../nbs/69_training.entry.ipynb #677a45a7
 def open_run(cfg: RunConfig, start: Start | None = None, runs_dir: str | Path | None = None,

@@ -19,7 +19,7 @@ from ..sampling.decoder import Event, Generation, samples_of, write_all
 from ..sampling.open import Opened
 from ..sampling.samplers import Settings, settings
 from .html import Html, esc, table
-from .sampler import BROAD, NARROW, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
+from .sampler import BROAD, LABEL, NARROW, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
 from .tokens import block, visible
 
 # %% ../../nbs/86_views.batch.ipynb #3fe627dd
@@ -100,11 +100,11 @@ class Batch(Panel):
         super().__init__()
         self.shelf, self.rows, self.result, self.saved = shelf or Shelf(runs_dir), [], W.HTML(), W.HTML()
         self.picker, self.controls = Picker(self.shelf, checkpoint), Controls(settings(**values))
-        wide = dict(style=WIDE, layout=BROAD)
+        wide = dict(style=LABEL, layout=BROAD)
         self.prompts = W.Textarea(prompts, description="Prompts, one a line", rows=4, **wide)
         self.file = W.Text(description="or a file of them", placeholder="path of a text file", **wide)
-        self.n = W.BoundedIntText(1, min=1, max=1000, description="Samples of each", style=WIDE,
-                                  layout=W.Layout(width="180px"))
+        self.n = W.BoundedIntText(1, min=1, max=1000, description="Samples of each", style=LABEL,
+                                  layout=W.Layout(width="250px"))
         self.bar = W.IntProgress(0, 0, 1, layout=W.Layout(width="200px"))
         self.name = W.Text("samples.jsonl", description="File: .jsonl, .csv or .txt", style=WIDE,
                            layout=W.Layout(width="460px"))

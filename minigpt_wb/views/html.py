@@ -32,12 +32,15 @@ def esc(value: Any) -> str:
     return value if isinstance(value, Html) else html.escape(str(value), quote=True)
 
 def table(rows: Iterable[Iterable[Any]], headers: Iterable[str] = ()) -> Html:
-    "Rows of cells as an HTML table; numbers stand to the right"
-    def cell(value: Any, tag: str = "td") -> str:
-        side = "right" if isinstance(value, (int, float)) else "left"
-        return f'<{tag} style="text-align:{side};padding:2px 8px">{esc(shown_number(value))}</{tag}>'
-    head = "".join(cell(h, "th") for h in headers)
-    body = "".join(f"<tr>{''.join(cell(v) for v in row)}</tr>" for row in rows)
+    "Rows of cells as an HTML table; numbers stand to the right, and what is above them"
+    rows = [list(row) for row in rows]
+    is_number = lambda value: isinstance(value, (int, float))
+    def cell(value: Any, right: bool, tag: str = "td") -> str:
+        style = f"text-align:{'right' if right else 'left'};vertical-align:top;padding:2px 8px"
+        return f'<{tag} style="{style}">{esc(shown_number(value))}</{tag}>'
+    head = "".join(cell(h, any(is_number(v) for row in rows for v in row[i:i + 1]), "th")
+                   for i, h in enumerate(headers))
+    body = "".join(f"<tr>{''.join(cell(v, is_number(v)) for v in row)}</tr>" for row in rows)
     return Html(f'<table style="border-collapse:collapse">{f"<tr>{head}</tr>" if head else ""}{body}</table>')
 
 def shown_number(value: Any) -> Any:

@@ -21,7 +21,7 @@ from ..sampling.open import Opened, choice_label, history_of
 from ..sampling.samplers import Settings, settings
 from ..training.checkpoints import list_checkpoints
 from .html import Html, esc, table
-from .sampler import BROAD, NARROW, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
+from .sampler import BROAD, LABEL, NARROW, Controls, Pace, Panel, Picker, Shelf, fitting
 from .tokens import divergence, in_line, legend, painted, parting, plain, shortened
 from .tokens import side_by_side, tokens_html, visible
 from .tokenview import TokenView
@@ -84,7 +84,7 @@ class Compare(Panel):
         super().__init__()
         self.shelf = shelf or Shelf(runs_dir)
         self.pickers = two_pickers(self.shelf, checkpoints)
-        self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=WIDE, layout=BROAD)
+        self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=LABEL, layout=BROAD)
         self.controls, self.texts, self.names = Controls(settings(**values)), ([], []), ("first", "second")
         self.heads = [W.HTML() for _ in self.names]
         self.views = [TokenView(choosable=False, label=f"{name} text") for name in self.names]
@@ -175,7 +175,7 @@ class RunPicker(W.HBox):
     "The runs that have checkpoints, and a button that lists them anew; `list.value` is the folder chosen"
     def __init__(self, runs_dir: str | Path | None = None, run: str | Path | None = None):
         self.runs_dir = runs_dir
-        self.list = W.Dropdown(description="Run", layout=W.Layout(width="460px"), style=WIDE)
+        self.list = W.Dropdown(description="Run", layout=W.Layout(width="560px"), style=LABEL)
         self.again = W.Button(description="Refresh", tooltip="Look for runs again", layout=NARROW)
         super().__init__([self.list, self.again])
         self.refresh()
@@ -202,8 +202,8 @@ class Slides(Panel):
         super().__init__("Write all")
         self.shelf, self.picker = shelf or Shelf(runs_dir), RunPicker(runs_dir, run)
         self.controls, self.texts, self.shown = Controls(settings(**values)), {}, None
-        self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=WIDE, layout=BROAD)
-        self.at = W.SelectionSlider(options=self.picker.checkpoints(), description="Checkpoint", style=WIDE,
+        self.prompt = W.Textarea(prompt, description="Prompt", rows=3, style=LABEL, layout=BROAD)
+        self.at = W.SelectionSlider(options=self.picker.checkpoints(), description="Checkpoint", style=LABEL,
                                     layout=BROAD, readout=False)  # the line below says it whole
         self.head, self.view = W.HTML(), TokenView(choosable=False)
         self.at.observe(self.moved, "value")

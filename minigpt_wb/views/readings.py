@@ -20,7 +20,7 @@ from ..sampling.samplers import Settings, check_scores, settings
 from ..sampling.scores import each_score, next_bars, next_scores
 from .html import Html, esc, table
 from .panels import Soon, two_pickers
-from .sampler import BROAD, WIDE, Controls, Pace, Panel, Picker, Shelf, fitting
+from .sampler import BROAD, LABEL, Controls, Pace, Panel, Picker, Shelf, fitting
 from .tokens import BLUE, GREY, bars_html, difference_html, differences, in_line, legend
 from .tokens import mean_nats, plain, shortened, tokens_html
 
@@ -82,7 +82,7 @@ class Surprisal(Panel):
         self.shelf, self.result = shelf or Shelf(runs_dir), W.HTML()
         self.first, self.second = two_pickers(self.shelf, checkpoints, "Checkpoint")
         self.both = W.Checkbox(False, description="Compare with a second checkpoint", indent=False)
-        self.text = W.Textarea(text, description="Text", rows=6, style=WIDE, layout=BROAD,
+        self.text = W.Textarea(text, description="Text", rows=6, style=LABEL, layout=BROAD,
                                placeholder="paste a text")
         self.both.observe(lambda _: self.choose(), "value")
         self.go.on_click(lambda _: self.score())
@@ -150,7 +150,7 @@ class NextToken(Panel):
         super().__init__("Look")
         self.shelf, self.bars, self.known = shelf or Shelf(runs_dir), W.HTML(), None
         self.picker, self.controls = Picker(self.shelf, checkpoint), Controls(settings(**values))
-        c, wide = self.controls, dict(style=WIDE, layout=BROAD)
+        c, wide = self.controls, dict(style=LABEL, layout=BROAD)
         c.children = [W.HBox([c.temperature, c.top_p]), c.top_k]  # what draws one token
         self.prompt = W.Textarea(prompt, description="Prompt", rows=3, **wide)
         self.typed, self.turned = Soon(self.settle, 0.5, last=True), Soon(self.paint, 0.1)

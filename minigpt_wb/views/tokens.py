@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'SCALE', 'SHIFT', 'GREY', 'BLUE', 'visible', 'written', 'in_line', 'plain', 'seen', 'said', 'mixed', 'colour',
-           'span', 'legend', 'block', 'tokens_html', 'tokens_table', 'painted', 'mean_nats', 'differences',
+           'span', 'legend', 'block', 'tokens_html', 'quoted', 'tokens_table', 'painted', 'mean_nats', 'differences',
            'surprisal_html', 'difference_html', 'surprisal_table', 'bars_html', 'bars_figure', 'drawable', 'divergence',
            'side_by_side', 'parting', 'Node', 'Tree', 'node_label', 'shortened', 'tree_html']
 
@@ -87,7 +87,8 @@ def legend(ps: Sequence[float] = (1, 0.3, 0.1, 0.03, 0.01, 0.001)) -> Html:
 # %% ../../nbs/82_views.tokens.ipynb #a6e2b6d0
 def block(inside: str) -> Html:
     "Text with its line breaks"
-    style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;text-align:left"
+    style = ("white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;text-align:left;"
+             "font-family:var(--jp-code-font-family,monospace)")
     return Html(f'<div style="{style}">{inside}</div>')
 
 def tokens_html(tokens: Iterable[Any], prompt: str = "", mark: int | None = None) -> Html:
@@ -96,10 +97,14 @@ def tokens_html(tokens: Iterable[Any], prompt: str = "", mark: int | None = None
              for i, t in enumerate(map(plain, tokens)) if seen(t)]
     return block(f'<span style="unicode-bidi:isolate">{esc(visible(prompt))}</span>' + "".join(spans))
 
+def quoted(token: str) -> str:
+    "A token in quotes, so that its spaces are seen"
+    return f"'{in_line(token)}'"
+
 def tokens_table(tokens: Iterable[Any], start: int = 0) -> Html:
     "A row for each token: place, token, p, rank, entropy or surprisal in nats, the likeliest"
-    rows = [(i, in_line(t["token"]), t["p"], t["rank"], t["nats"], t["entropy"],
-             ", ".join(f"{in_line(w)} {p:.2f}" for _, w, p in t["top"]))
+    rows = [(i, quoted(t["token"]), t["p"], t["rank"], t["nats"], t["entropy"],
+             ", ".join(f"{quoted(w)} {p:.2f}" for _, w, p in t["top"]))
             for i, t in enumerate(map(plain, tokens), start) if t["id"] is not None]
     return table(rows, ("place", "token", "p", "rank", "surprisal, nats", "entropy, nats", "likeliest"))
 
@@ -145,7 +150,8 @@ def difference_html(a: Sequence[Any], b: Sequence[Any], names: Sequence[str]) ->
                   f"{'?' if d is None else format(d, '+.3f')} nats") for t, d in zip(map(plain, a), nats)]
     scale = " ".join(span(f" {d:+g} ", mixed(SHIFT, 0.5 + d / 4)) for d in (-2, -1, 0, 1, 2))
     first, second = (esc(in_line(n)) for n in names)
-    title = f"<b>{second}</b> minus <b>{first}</b>: {mean:+.4f} nats per token {scale}"
+    title = (f"<b>{second}</b> minus <b>{first}</b>: {mean:+.4f} nats per token {scale} "
+             f"(blue: {second} is less surprised)")
     return Html(f"<div>{title}</div>{block(''.join(spans))}")
 
 def surprisal_table(a: Sequence[Any], b: Sequence[Any] | None = None,
@@ -296,7 +302,9 @@ class Tree:
 # %% ../../nbs/82_views.tokens.ipynb #9cc62649
 def node_label(tree: Tree, node: Node) -> str:
     "`1: 'Good evening'`, or `2: 'queen' for 'king' at 0`"
-    if node.parent is None: return f"{node.id + 1}: '{shortened(in_line(node.prompt))}'"
+    seed = node.about.get("values", {}).get("seed")
+    told = "" if seed is None else f", seed {seed}"
+    if node.parent is None: return f"{node.id + 1}: {quoted(shortened(node.prompt))}{told}"
     new, old = (in_line(t["token"]) for t in (node.tokens[0], tree.path(node.parent)[node.at]))
     return f"{node.id + 1}: '{shortened(new)}' for '{shortened(old)}' at {node.at}"
 

@@ -198,8 +198,8 @@ export default () => {
 # %% ../../nbs/81_views.tokenview.ipynb #d7fc1829
 CSS = """
 .tv-text {white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.7; min-height: 4em; padding: 4px 2px;
-  color: var(--jp-content-font-color1, #111); font-size: 14px;
-  font-family: var(--jp-content-font-family, sans-serif)}
+  color: var(--jp-content-font-color1, #111); font-size: 13px;
+  font-family: var(--jp-code-font-family, monospace)}
 .tv-prompt {unicode-bidi: isolate; font-weight: 600}
 .tv-token {unicode-bidi: isolate; color: #111; cursor: pointer}
 .tv-token:hover, .tv-token:focus, .tv-open {outline: 2px solid #1f6feb; outline-offset: 0}
