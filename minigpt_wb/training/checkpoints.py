@@ -7,8 +7,8 @@ __all__ = ['FORMAT', 'MODEL', 'OPTIM', 'STATE', 'MANIFEST', 'TOKENIZER', 'ASIDE'
            'regular_files', 'small_text', 'self_hash', 'write_hashed', 'raw_bytes', 'safetensors_parts', 'as_json',
            'write_files', 'CheckpointError', 'step_name', 'step_of', 'store_of', 'locked', 'sweep', 'remove', 'publish',
            'free_bytes', 'adopt', 'Checkpoint', 'read_manifest', 'verify_files', 'val_loss', 'Checkpoints',
-           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'meant_by', 'pick', 'named', 'candidates',
-           'steps_of', 'first_intact', 'prune', 'load_model']
+           'list_checkpoints', 'save_checkpoint', 'hint', 'find_checkpoint', 'own_folder', 'meant_by', 'pick', 'named',
+           'candidates', 'steps_of', 'first_intact', 'prune', 'load_model']
 
 # %% ../../nbs/42_training.checkpoints.ipynb #d3413d63
 import contextlib, errno, fcntl, hashlib, json, math, os, re, secrets, shutil, stat
@@ -370,6 +370,10 @@ def hint(store: Path, snapshot: Snapshot, best: bool | None) -> None:
 def find_checkpoint(ref: Run | str | Path, runs_dir: str | Path | None = None) -> Checkpoint:
     "The checkpoint that `ref` names, verified; raises ValueError with what there is and what is wrong"
     return first_intact(meant_by(ref, runs_dir), str(ref.path if isinstance(ref, Run) else ref))
+
+def own_folder(path: Path) -> Path:
+    "The checkpoint of ours that a file is a part of, else `path`"
+    return path.parent if os.path.isfile(path) and os.path.isfile(path.parent / MANIFEST) else path
 
 def meant_by(ref: Run | str | Path, runs_dir: str | Path | None = None) -> list[Checkpoint]:
     "The checkpoints that `ref` may mean, the most wanted first, not verified; ValueError when there is none"

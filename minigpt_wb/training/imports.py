@@ -24,7 +24,7 @@ from ..data.tokenizer import char_tokenizer, eot_id, load_tokenizer, save_tokeni
 from ..model.gpt import GPT
 from .optim import make_optimizer
 from .snapshot import Tensors, fill_model, fill_optimizer
-from .checkpoints import Checkpoint, list_checkpoints, save_checkpoint, sha256
+from .checkpoints import Checkpoint, list_checkpoints, own_folder, save_checkpoint, sha256
 from .foreign import LAYOUTS, count, flatten, load_safely, number, own_kind
 from .foreign import regular_file, shown_keys, sniff
 from .families import FAMILIES, complete, join, moments_of, pieces_of, translate
@@ -217,7 +217,7 @@ class Inspection:
 # %% ../../nbs/47_training.imports.ipynb #f42e1f20
 def inspect_file(path: str | Path, **settings: Any) -> Inspection:
     "What any file or folder is: of ours, of another system, or why neither; raises for nothing in it"
-    path = Path(path).expanduser()
+    path = own_folder(Path(path).expanduser())
     if path.is_dir() and (kind := own_kind(path)):
         return inspect_checkpoint(path) if kind == "checkpoint" else inspect_run(path)
     facts = {"reader": f"torch {torch.__version__}, weights_only"}
