@@ -48,8 +48,9 @@ def row_of(opened: Opened, sample: int, g: Generation, how: Settings) -> dict[st
 def rows_html(rows: Sequence[dict[str, Any]], n: int = 100) -> Html:
     "The first `n` rows as a table"
     names = ("prompt", "sample", "text", "tokens", "end", "seed")
-    cell = lambda x: block(esc(visible(x))) if isinstance(x, str) else x
-    found = table(([cell(r[name]) for name in names] for r in rows[:n]), names)
+    text = lambda t: block(esc(visible(t)))
+    found = table(([text(r["prompt"]), r["sample"], text(r["text"]), *(r[name] for name in names[3:])]
+                   for r in rows[:n]), names)
     more = f"<div>and {len(rows) - n:,} rows more, which a file keeps too</div>" if len(rows) > n else ""
     return Html(f'<div style="line-height:1.5">{found}{more}</div>')
 

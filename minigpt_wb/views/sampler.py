@@ -22,7 +22,7 @@ from .tokens import Node, Tree, in_line, legend, node_label, painted, plain, vis
 from .tokenview import TokenView
 
 # %% ../../nbs/83_views.sampler.ipynb #fe9ab22a
-WIDE, LABEL = {"description_width": "initial"}, {"description_width": "125px"}  # of labels in a column
+WIDE, LABEL = {"description_width": "initial"}, {"description_width": "140px"}  # of labels in a column
 FIXED = W.Layout(flex="0 0 auto")
 NARROW, BROAD = W.Layout(width="auto", flex="0 0 auto"), W.Layout(width="95%")
 
@@ -160,7 +160,7 @@ class Controls(W.VBox):
     "Sliders of the sampling settings, and a seed with its dice"
     def __init__(self, how: Settings | None = None):
         how = how or settings()
-        wide = dict(style=LABEL, layout=W.Layout(width="360px"))
+        wide = dict(style=LABEL, layout=W.Layout(width="375px"))
         self.temperature = W.FloatSlider(how.temperature, min=0, max=2, step=0.05, description="Temperature",
                                          **wide)
         self.top_k = W.IntSlider(how.top_k or 0, min=0, max=max(200, how.top_k or 0),
